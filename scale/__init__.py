@@ -1,0 +1,1 @@
+"""Virtual-cell models: train, apply and judge them."""

@@ -1,0 +1,1 @@
+"""Judging predictions: metrics, baselines, protocol, statistics and the report."""

@@ -1,0 +1,1 @@
+"""The model: encoder, condition, flow head, losses, on layers from one provider."""

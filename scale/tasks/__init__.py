@@ -1,0 +1,1 @@
+"""One module per command: settings in, calls to the rooms below, an exit status out."""

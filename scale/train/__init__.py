@@ -1,0 +1,1 @@
+"""Training: Megatron engine, optimizer, checkpoints, log and the loop."""
