@@ -217,6 +217,8 @@ class Vocabulary:
         Counts per cell after normalisation.
     value_scale
         log1p values are divided by this number before the model sees them.
+    library_key
+        Column of ``.obs`` with total counts, where the source's matrix was cut to some genes.
     """
 
     genes: tuple[str, ...]
@@ -232,6 +234,7 @@ class Vocabulary:
     separator: str | None
     target_sum: float
     value_scale: float
+    library_key: str | None = None
 
     @property
     def genes_sha256(self) -> str:
