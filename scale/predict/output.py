@@ -1,0 +1,60 @@
+"""Predicted cells on their way to a file: one block per condition, appended to an h5ad.
+
+Apart from the predictor because it knows AnnData's layout on disk and nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import pandas as pd
+import scipy.sparse as sp
+from anndata.io import sparse_dataset, write_elem
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Predicted cells of one request."""
+
+    values: sp.csr_matrix
+    obs: pd.DataFrame
+
+
+class H5adWriter:
+    """An h5ad whose cells are appended block by block."""
+
+    def __init__(self, path: Path, genes: Sequence[str]) -> None:
+        self._path = path
+        self._genes = genes
+        self._obs: list[pd.DataFrame] = []
+        self.num_cells = 0
+
+    def __enter__(self) -> Self:
+        self._file = h5py.File(self._path, "w")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def append(self, block: Block) -> None:
+        if not self._obs:
+            write_elem(self._file, "X", block.values)
+        else:
+            sparse_dataset(self._file["X"]).append(block.values)
+        self._obs.append(block.obs)
+        self.num_cells += len(block.obs)
+
+    def finish(
+        self, rename: Callable[[pd.DataFrame], pd.DataFrame], provenance: dict[str, Any]
+    ) -> None:
+        write_elem(self._file, "obs", rename(pd.concat(self._obs, ignore_index=True)))
+        write_elem(self._file, "var", pd.DataFrame(index=list(self._genes)))
+        write_elem(self._file, "uns", {"scale": provenance})
+        for name in ("obsm", "varm", "obsp", "varp", "layers"):
+            write_elem(self._file, name, {})
+        self._file.attrs["encoding-type"] = "anndata"
+        self._file.attrs["encoding-version"] = "0.1.0"
