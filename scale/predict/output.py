@@ -41,6 +41,7 @@ class H5adWriter:
         self._file.close()
 
     def append(self, block: Block) -> None:
+        """Write the values of a block; its obs is kept until the end."""
         if not self._obs:
             write_elem(self._file, "X", block.values)
         else:
@@ -51,6 +52,7 @@ class H5adWriter:
     def finish(
         self, rename: Callable[[pd.DataFrame], pd.DataFrame], provenance: dict[str, Any]
     ) -> None:
+        """Write what stands beside the values, so that the file is a whole AnnData."""
         write_elem(self._file, "obs", rename(pd.concat(self._obs, ignore_index=True)))
         write_elem(self._file, "var", pd.DataFrame(index=list(self._genes)))
         write_elem(self._file, "uns", {"scale": provenance})
