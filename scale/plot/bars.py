@@ -1,0 +1,375 @@
+"""Figures of scores: methods beside each other, over all conditions or condition by condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from scale.plot.canvas import (
+    INK,
+    PAPER,
+    QUIET,
+    REPLICATE,
+    SMALL_POINTS,
+    Axes,
+    Figure,
+    Line2D,
+    dot,
+    few_ticks,
+    key,
+    method_colours,
+    new_axes,
+    new_figure,
+    spread_evenly,
+    tidy,
+)
+
+Floats = npt.NDArray[np.float64]
+
+CEILING = "replicate"
+_NAMED_CONDITIONS = 48
+
+
+def better_forms(aggregate: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return one row per method, its better form where there are two, indexed by method.
+
+    A claim must beat the better form of every baseline (``cells`` or ``mean``), so that is the
+    one to draw.
+    """
+    rows = aggregate[(aggregate["metric"] == metric) & aggregate["mean"].notna()]
+    if rows.empty:
+        return rows.set_index("method")
+    higher = rows["better"].iloc[0] == "higher"
+    ordered = rows.sort_values("mean", ascending=not higher, kind="stable")
+    best = ordered.drop_duplicates("method").set_index("method")
+    return best.loc[[m for m in dict.fromkeys(rows["method"]) if m in best.index]]
+
+
+def arrow(better: str) -> str:
+    """Return the sign of the good direction."""
+    return "↑" if better == "higher" else "↓"
+
+
+def number(value: float) -> str:
+    """Return a number at the precision a score deserves.
+
+    Examples
+    --------
+    >>> number(0.53124), number(0.00034), number(1234.5), number(float("nan"))
+    ('0.531', '3.4e-04', '1,234', '–')
+    """
+    if not np.isfinite(value):
+        return "–"
+    if value != 0 and abs(value) < 0.001:
+        return f"{value:.1e}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def scores(
+    aggregate: pd.DataFrame,
+    metric: str,
+    *,
+    colours: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    label: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw one metric as bars: models, then baselines, the ceiling last, with intervals.
+
+    Parameters
+    ----------
+    aggregate
+        Table with method, form, metric, mean, low, high, better (``Report.aggregate``).
+    metric
+        Which metric to draw.
+    colours
+        Method -> colour, in the order to draw; None = the table's order.
+    labels
+        Method -> text; None = the names.
+    label
+        Title; None = the metric's name.
+
+    Raises
+    ------
+    ValueError
+        If the table has no such metric.
+    """
+    rows = better_forms(aggregate, metric)
+    if rows.empty:
+        known = ", ".join(sorted(set(aggregate["metric"])))
+        raise ValueError(f"no values of {metric!r}; the table has {known}")
+    colours = colours or method_colours(list(rows.index))
+    order = [m for m in colours if m in rows.index and m != CEILING]
+    order += [m for m in rows.index if m not in order and m != CEILING]
+    order += [CEILING] if CEILING in rows.index else []
+    means = rows[["mean", "low", "high"]].to_dict()
+    ax = new_axes(ax, width=4.0, height=0.9 + 0.3 * len(order))
+    for place, method in enumerate(reversed(order)):
+        ends = [float(means[name][method]) for name in ("mean", "low", "high")]
+        _bar(ax, place, method, ends, colours.get(method, QUIET))
+    _leave_room(ax, rows[["mean", "low", "high"]].to_numpy(np.float64))
+    if CEILING in rows.index:
+        top = float(means["mean"][CEILING])
+        ax.axvline(top, color=REPLICATE, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
+    ax.axvline(0, color=QUIET, linewidth=0.8)
+    words = [(labels or {}).get(m, m.replace("_", " ")) for m in reversed(order)]
+    ax.set_yticks(np.arange(len(order)), words)
+    ax.set_ylim(-0.6, len(order) - 0.4)
+    better = str(rows["better"].iloc[0])
+    tidy(ax, grid="x", title=f"{label or metric} {arrow(better)}")
+    ax.tick_params(axis="y", length=0, labelcolor=INK)
+    few_ticks(ax, "x", 4)
+    return ax
+
+
+def _bar(ax: Axes, place: int, method: str, values: Sequence[float], colour: str) -> None:
+    mean, low, high = values
+    hollow = method == CEILING
+    ax.barh(
+        place,
+        mean,
+        height=0.68,
+        color=PAPER if hollow else colour,
+        edgecolor=colour,
+        linewidth=1.1 if hollow else 0.0,
+        hatch="////" if hollow else None,
+        alpha=0.75 if hollow else 1.0,
+    )
+    end = mean
+    if np.isfinite(low) and np.isfinite(high):
+        ax.plot([low, high], [place, place], color=INK, linewidth=1.1, solid_capstyle="round")
+        end = high if mean >= 0 else low
+    ax.annotate(
+        number(mean),
+        (end, place),
+        xytext=(4 if mean >= 0 else -4, 0),
+        textcoords="offset points",
+        ha="left" if mean >= 0 else "right",
+        va="center",
+        fontsize=SMALL_POINTS - 1,
+        color=INK,
+        bbox={"boxstyle": "round,pad=0.1", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.75},
+    )
+
+
+def _leave_room(ax: Axes, values: Floats) -> None:
+    """Widen the axis so that the numbers at the ends of the bars stay inside."""
+    ends = values[np.isfinite(values)]
+    low, high = min(0.0, float(ends.min())), max(0.0, float(ends.max()))
+    span = max(high - low, 1e-9)
+    ax.set_xlim(low - (0.28 * span if low < 0 else 0.0), high + 0.28 * span)
+
+
+def score_panels(
+    aggregate: pd.DataFrame,
+    metrics: Sequence[str],
+    *,
+    labels: Mapping[str, str],
+    colours: Mapping[str, str],
+    columns: int = 3,
+) -> Figure:
+    """Return bars of several metrics, one panel each."""
+    num_rows = -(-len(metrics) // columns)
+    num_methods = aggregate["method"].nunique()
+    height = num_rows * (0.75 + 0.27 * num_methods)
+    figure = new_figure(11.2, height)
+    axes = figure.subplots(num_rows, columns, squeeze=False)
+    for place, ax in enumerate(axes.flat):
+        if place >= len(metrics):
+            ax.set_axis_off()
+            continue
+        metric = metrics[place]
+        scores(aggregate, metric, colours=colours, label=labels.get(metric, metric), ax=ax)
+    return figure
+
+
+def condition_values(scores_table: pd.DataFrame, metric: str, method: str, form: str) -> pd.Series:
+    """Return a method's values of one metric by (context, perturbation), none undefined."""
+    rows = scores_table[
+        (scores_table["metric"] == metric)
+        & (scores_table["method"] == method)
+        & (scores_table["form"] == form)
+    ]
+    values = rows.set_index(["context", "perturbation"])["value"].dropna()
+    return values.groupby(level=[0, 1]).mean()
+
+
+def strip(
+    scores_table: pd.DataFrame,
+    metric: str,
+    methods: Mapping[str, str],
+    *,
+    colours: Mapping[str, str],
+    label: str,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw every condition as a dot, one column per method, with the median as a line.
+
+    Parameters
+    ----------
+    methods
+        Method -> form to draw, in order.
+    """
+    ax = new_axes(ax, width=0.9 + 0.75 * len(methods), height=3.2)
+    for place, (method, form) in enumerate(methods.items()):
+        values = condition_values(scores_table, metric, method, form).to_numpy(np.float64)
+        if values.size == 0:
+            continue
+        colour = colours.get(method, QUIET)
+        offsets = spread_evenly(values.size, 0.27)
+        hollow = method == CEILING
+        ax.scatter(
+            place + offsets,
+            values,
+            s=13 if values.size < 200 else 6,
+            facecolors="none" if hollow else colour,
+            edgecolors=colour if hollow else "none",
+            linewidths=0.7,
+            alpha=0.75,
+        )
+        ax.plot([place - 0.34, place + 0.34], [np.median(values)] * 2, color=INK, linewidth=1.6)
+    names = [m.replace("_", " ") for m in methods]
+    ax.set_xticks(np.arange(len(methods)), names, rotation=38, ha="right", rotation_mode="anchor")
+    ax.set_xlim(-0.6, len(methods) - 0.4)
+    tidy(ax, grid="y", title=label)
+    ax.tick_params(axis="x", length=0, labelcolor=INK)
+    few_ticks(ax, "y")
+    return ax
+
+
+def dumbbells(
+    series: Mapping[str, pd.Series],
+    *,
+    colours: Mapping[str, str],
+    label: str,
+    names: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw several methods condition by condition, sorted by the first one.
+
+    Parameters
+    ----------
+    series
+        Method -> values by condition; the first one gives the order, and a line joins it to the
+        second. The replicate is drawn hollow.
+    names
+        Condition -> text under the axis; left out where there are too many to read.
+    """
+    first, *others = series
+    ranked = series[first].dropna().sort_values(ascending=False)
+    ax = new_axes(ax, width=min(11.2, max(5.0, 1.5 + 0.2 * len(ranked))), height=3.4)
+    place = np.arange(len(ranked))
+    if others:
+        rival = series[others[0]].reindex(ranked.index).to_numpy(np.float64)
+        ax.vlines(place, ranked.to_numpy(), rival, color="#c3cad3", linewidth=1.3, zorder=1)
+    size = 34 if len(ranked) <= _NAMED_CONDITIONS else 12
+    for method in [*reversed(others), first]:
+        values = series[method].reindex(ranked.index).to_numpy(np.float64)
+        hollow = method == CEILING
+        ax.scatter(
+            place,
+            values,
+            s=size,
+            facecolors="none" if hollow else colours.get(method, QUIET),
+            edgecolors=colours.get(method, QUIET) if hollow else PAPER,
+            linewidths=1.1 if hollow else 0.5,
+            zorder=3 if method == first else 2,
+        )
+    ax.set_ylabel(label)
+    if names is not None and len(ranked) <= _NAMED_CONDITIONS:
+        texts = [names[c] for c in ranked.index]
+        ax.set_xticks(place, texts, rotation=55, ha="right", rotation_mode="anchor")
+    else:
+        ax.set_xticks([])
+        ax.set_xlabel(f"{len(ranked)} conditions, best first")
+    ax.set_xlim(-0.8, len(ranked) - 0.2)
+    tidy(ax, grid="y")
+    handles = [
+        dot(colours.get(m, QUIET), m.replace("_", " "), hollow=m == CEILING)
+        for m in [first, *others]
+    ]
+    key(ax, handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(handles))
+    return ax
+
+
+def counts(
+    observed: pd.Series,
+    predicted: Mapping[str, pd.Series],
+    *,
+    colours: Mapping[str, str],
+    label: str = "significant genes",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw counts per condition, predicted against observed, both axes logarithmic above 1."""
+    ax = new_axes(ax, width=4.4, height=4.0)
+    top = 1.0
+    handles = []
+    for method, values in predicted.items():
+        both = pd.concat({"x": observed, "y": values}, axis=1, join="inner").dropna()
+        if both.empty:
+            continue
+        x, y = both["x"].to_numpy(np.float64), both["y"].to_numpy(np.float64)
+        top = max(top, float(x.max()), float(y.max()))
+        colour = colours.get(method, QUIET)
+        ax.scatter(x, y, s=24, color=colour, alpha=0.75, edgecolors=PAPER, linewidths=0.4)
+        ratio = y.sum() / x.sum() if x.sum() > 0 else float("nan")
+        handles.append(dot(colour, f"{method.replace('_', ' ')} ({number(ratio)} ×)"))
+    limit = top * 1.5
+    ax.plot([0, limit], [0, limit], color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
+    for set_scale, set_limit in ((ax.set_xscale, ax.set_xlim), (ax.set_yscale, ax.set_ylim)):
+        set_scale("symlog", linthresh=1.0)
+        set_limit(-0.3, limit)
+    ticks = [0] + [10**k for k in range(6) if 10**k <= limit]
+    words = [f"{t:,}" for t in ticks]
+    ax.set_xticks(ticks, words)
+    ax.set_yticks(ticks, words)
+    ax.minorticks_off()
+    ax.set_aspect("equal")
+    ax.set_xlabel(f"{label}, observed")
+    ax.set_ylabel(f"{label}, predicted")
+    tidy(ax, grid="both")
+    key(ax, handles, loc="upper left", title="sum predicted / observed", title_fontsize=7.5)
+    return ax
+
+
+def against_effect(
+    size: pd.Series,
+    values: Mapping[str, pd.Series],
+    *,
+    colours: Mapping[str, str],
+    label: str,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a score per condition against the size of the observed change."""
+    ax = new_axes(ax, width=4.4, height=3.6)
+    handles: list[Line2D] = []
+    for method, series in values.items():
+        both = pd.concat({"x": size, "y": series}, axis=1, join="inner").dropna()
+        if both.empty:
+            continue
+        hollow = method == CEILING
+        colour = colours.get(method, QUIET)
+        ax.scatter(
+            both["x"],
+            both["y"],
+            s=22,
+            facecolors="none" if hollow else colour,
+            edgecolors=colour if hollow else PAPER,
+            linewidths=0.9 if hollow else 0.4,
+            alpha=0.8,
+            zorder=3 if not handles else 2,
+        )
+        handles.append(dot(colour, method.replace("_", " "), hollow=hollow))
+    ax.axhline(0, color=QUIET, linewidth=0.8)
+    ax.set_xlabel("size of the observed change (Euclidean norm over genes, log1p)")
+    ax.set_ylabel(label)
+    few_ticks(ax, "x")
+    few_ticks(ax, "y")
+    tidy(ax, grid="y")
+    key(ax, handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=max(1, len(handles)))
+    return ax
