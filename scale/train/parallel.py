@@ -1,0 +1,223 @@
+"""Process groups, and the engine that makes one optimizer step out of a list of micro-batches.
+
+One engine for a laptop and a cluster: Megatron-core's parallel state, distributed data parallel,
+optimizer wrappers and schedule, at world size 1 too. Tensor parallel ranks share each set block
+and, elsewhere, the cells of a set (sequence parallel); data parallel ranks share the sets of a
+batch. A set is never split over data parallel ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from scale.config import ModelConfig, ParallelConfig, TrainerConfig
+from scale.runtime import World
+from scale.train import megatron_cpu
+
+with megatron_cpu.quiet_import():
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+logger = logging.getLogger(__name__)
+
+_started: list[Layout] = []
+"""The layout of this process, once per call of ``start`` that was not yet stopped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the ranks share the work, and which share is this rank's.
+
+    Ranks are numbered tensor parallel fastest, so that peers of a set block stay on one node.
+    """
+
+    world_size: int = 1
+    rank: int = 0
+    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_rank: int = 0
+    data_parallel_size: int = 1
+    data_parallel_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes the files that exist once."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """Return the layout in words."""
+        if self.world_size == 1:
+            return f"one process on {self.device}"
+        return (
+            f"{self.world_size} ranks = {self.data_parallel_size} data parallel x "
+            f"{self.tensor_model_parallel_size} tensor parallel"
+        )
+
+    def record(self) -> dict[str, int]:
+        """Return the sizes, for run.json and the manifest of a checkpoint."""
+        return {
+            "world_size": self.world_size,
+            "tensor_model_parallel_size": self.tensor_model_parallel_size,
+            "data_parallel_size": self.data_parallel_size,
+        }
+
+
+def start(
+    config: ParallelConfig,
+    world: World,
+    *,
+    seed: int,
+    device: torch.device,
+    rendezvous: str = "env://",
+) -> Layout:
+    """Join the process groups and seed Megatron's generators.
+
+    Calls may be nested in one process (a model loaded for prediction while another trains) as long
+    as they ask for the same layout; each needs its own :func:`stop`.
+
+    Parameters
+    ----------
+    config
+        Sizes and the timeout of collectives.
+    world
+        This process among how many.
+    seed
+        Of Megatron's generators; the weights and draws of the model have seeds of their own.
+    device
+        Where this rank computes.
+    rendezvous
+        Where several ranks meet: ``env://`` (torchrun, srun) or ``file:///path``. A process that
+        is alone opens no port.
+
+    Raises
+    ------
+    ValueError
+        If the sizes do not fit the number of ranks, or another layout is running.
+    """
+    tensor_size = config.tensor_model_parallel_size
+    _check_sizes(config, world)
+    if _started:
+        running = _started[-1]
+        if (running.world_size, running.tensor_model_parallel_size) != (world.size, tensor_size):
+            raise ValueError(
+                f"this process runs {running.describe()}; it cannot also run {world.size} ranks "
+                f"with parallel.tensor_model_parallel_size={tensor_size}"
+            )
+        _started.append(running)
+        return running
+    if tensor_size > 1:
+        # Sends must be queued in program order; read when CUDA is first touched.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    megatron_cpu.install()
+    timeout = timedelta(seconds=config.timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world.size == 1:
+        # TransformerBlock refuses to run without a group; a HashStore needs no port.
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        if rendezvous == "env://" and "MASTER_ADDR" not in os.environ:
+            raise ValueError(
+                f"{world.size} ranks, but MASTER_ADDR and MASTER_PORT are not set; start them with "
+                "torchrun, or export both in the batch script"
+            )
+        dist.init_process_group(
+            backend,
+            init_method=rendezvous,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_size,
+        # Sub-groups do not inherit the timeout of the world: a hung peer stayed unnoticed.
+        distributed_timeout_minutes=config.timeout_seconds / 60,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed % (1 << 31))
+    layout = Layout(
+        world_size=world.size,
+        rank=world.rank,
+        tensor_model_parallel_size=tensor_size,
+        tensor_model_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        device=device,
+    )
+    _started.append(layout)
+    return layout
+
+
+def stop() -> None:
+    """Leave the process groups; does nothing if none was joined."""
+    if not _started:
+        return
+    _started.pop()
+    if not _started:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        megatron_cpu.uninstall()
+
+
+def _check_sizes(config: ParallelConfig, world: World) -> None:
+    tensor_size = config.tensor_model_parallel_size
+    if world.size % tensor_size:
+        fitting = [n for n in range(1, world.size + 1) if world.size % n == 0]
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size ({tensor_size}) must divide the {world.size} "
+            f"ranks; use {_one_of(fitting)}"
+        )
+    if config.distributed_optimizer and world.size == tensor_size:
+        raise ValueError(
+            "parallel.distributed_optimizer spreads optimizer state over data-parallel ranks and "
+            f"there is 1 ({world.size} ranks, {tensor_size} tensor parallel); set it to false"
+        )
+
+
+def check_layout(model: ModelConfig, trainer: TrainerConfig, layout: Layout) -> None:
+    """Refuse sizes that the layout cannot share out.
+
+    Raises
+    ------
+    ValueError
+        Naming the settings, their values, and values that would do.
+    """
+    tensor_size, data_size = layout.tensor_model_parallel_size, layout.data_parallel_size
+    for name in ("num_heads", "ffn_hidden_size", "set_size", "num_summary_cells"):
+        value = getattr(model, name)
+        if value % tensor_size:
+            fitting = [n for n in range(1, layout.world_size + 1) if value % n == 0]
+            raise ValueError(
+                f"parallel.tensor_model_parallel_size ({tensor_size}) must divide model.{name} "
+                f"({value}); use {_one_of(fitting)}"
+            )
+    sets = trainer.sets_per_batch
+    if sets % data_size:
+        raise ValueError(
+            f"trainer.sets_per_batch ({sets}) must be a multiple of the {data_size} data-parallel "
+            f"ranks; use {sets // data_size * data_size or data_size}"
+        )
+    micro = micro_batch_sets(trainer, layout)
+    if sets % (data_size * micro):
+        share = sets // data_size
+        fitting = [n for n in range(1, share + 1) if share % n == 0]
+        raise ValueError(
+            f"trainer.sets_per_micro_batch ({micro}) must divide the {share} sets of a rank "
+            f"(trainer.sets_per_batch {sets} over {data_size}); use {_one_of(fitting)}"
+        )
+
+
+def micro_batch_sets(trainer: TrainerConfig, layout: Layout) -> int:
+    """Return the sets of one forward pass of a rank."""
+    return trainer.sets_per_micro_batch or trainer.sets_per_batch // layout.data_parallel_size
+
+
+def _one_of(values: list[int]) -> str:
+    head = [str(v) for v in values[:-1]]
+    return f"{', '.join(head)} or {values[-1]}" if head else str(values[-1])

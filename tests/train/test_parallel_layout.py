@@ -1,0 +1,102 @@
+"""Layouts: who is who, what is refused, and a peer that hangs or dies."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankContext, run_ranks
+
+from scale.config import ModelConfig, ParallelConfig, TrainerConfig
+from scale.runtime import World
+from scale.train import parallel
+from scale.train.parallel import Layout, check_layout
+
+CPU = torch.device("cpu")
+
+
+def coordinates(context: RankContext, tensor_size: int) -> tuple[int, ...]:
+    with context.layout(tensor_size=tensor_size) as layout:
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        return (
+            layout.tensor_model_parallel_rank,
+            layout.data_parallel_rank,
+            layout.data_parallel_size,
+            int(total),
+        )
+
+
+def hang(context: RankContext) -> float:
+    with context.layout(tensor_size=2, timeout_seconds=1.5):
+        from megatron.core import parallel_state
+
+        if context.rank == 1:
+            time.sleep(5.0)
+            return 0.0
+        started = time.monotonic()
+        with pytest.raises(RuntimeError):
+            dist.all_reduce(torch.ones(1), group=parallel_state.get_tensor_model_parallel_group())
+        return time.monotonic() - started
+
+
+def test_ranks_are_numbered_tensor_parallel_first(tmp_path):
+    assert run_ranks(coordinates, 2, tmp_path, 2) == [(0, 0, 1, 2), (1, 0, 1, 2)]
+    assert run_ranks(coordinates, 2, tmp_path, 1) == [(0, 0, 2, 2), (0, 1, 2, 2)]
+    product = run_ranks(coordinates, 4, tmp_path, 2)
+    assert [p[:2] for p in product] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+def test_hung_peer_is_noticed_in_a_subgroup(tmp_path):
+    # The timeout of the world does not reach sub-groups; without the second one this took 30 min.
+    waited = run_ranks(hang, 2, tmp_path)[0]
+    assert 1.0 < waited < 4.5
+
+
+def test_world_of_one_starts_twice_and_stops_twice():
+    alone = World(0, 1, 0)
+    first = parallel.start(ParallelConfig(), alone, seed=1, device=CPU)
+    assert parallel.start(ParallelConfig(), alone, seed=1, device=CPU) is first
+    parallel.stop()
+    assert dist.is_initialized()
+    parallel.stop()
+    assert not dist.is_initialized()
+    parallel.stop()
+
+
+def test_sizes_that_do_not_fit_the_world_are_refused():
+    with pytest.raises(ValueError, match=r"size \(3\) must divide the 4 ranks; use 1, 2 or 4"):
+        parallel.start(
+            ParallelConfig(tensor_model_parallel_size=3), World(0, 4, 0), seed=0, device=CPU
+        )
+    with pytest.raises(ValueError, match="distributed_optimizer .* there is 1"):
+        parallel.start(
+            ParallelConfig(distributed_optimizer=True), World(0, 1, 0), seed=0, device=CPU
+        )
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
+        parallel.start(ParallelConfig(), World(0, 2, 0), seed=0, device=CPU)
+    assert not dist.is_initialized()
+
+
+def test_sizes_that_the_layout_cannot_share_out_are_refused():
+    model = ModelConfig(
+        hidden_size=128,
+        num_layers=1,
+        num_heads=4,
+        ffn_hidden_size=384,
+        set_size=32,
+        num_summary_cells=32,
+        lr=1e-3,
+    )
+    trainer = TrainerConfig(max_steps=1, sets_per_batch=100)
+    layout = Layout(world_size=8, data_parallel_size=8)
+    with pytest.raises(ValueError, match=r"\(100\) must be a multiple of the 8 .* use 96"):
+        check_layout(model, trainer, layout)
+    trainer = replace(trainer, sets_per_batch=96, sets_per_micro_batch=5)
+    with pytest.raises(ValueError, match=r"\(5\) must divide the 12 sets .* use 1, 2, 3, 4, 6 or"):
+        check_layout(model, trainer, layout)
+    check_layout(model, replace(trainer, sets_per_micro_batch=4), layout)
+    layout = Layout(world_size=3, tensor_model_parallel_size=3)
+    with pytest.raises(ValueError, match=r"size \(3\) must divide model.num_heads \(4\)"):
+        check_layout(model, trainer, layout)
