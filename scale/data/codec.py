@@ -1,0 +1,409 @@
+"""A chunk of cells as bytes: up to 64 cells of one condition, written and read as a whole.
+
+A chunk holds two byte streams with one entry per non-zero count, ``gap`` (distance to the previous
+gene of the cell, less one) and ``count`` (less one). What does not fit a byte stands in a side list
+of (position, high part), so that decoding has no branch per entry and can run on a device. The
+layout is little-endian and every array is aligned to its item size:
+
+======================= ====================================================================
+``SCLC`` u8 x4          version, kind, codec, flags (bit 0: batch codes)
+u16 x2, u32 x5          cells n, 0; non-zeros m, exceptions e and f, bytes of the two streams
+u32[n]                  library: counts of the cell over the library genes
+u32[e], u32[f]          positions of gap and count exceptions, ascending
+u16[n], (u16[n])        non-zeros per cell, batch codes
+u16[e], u16[f]          high parts of gap and count exceptions
+bytes, bytes            gap and count streams, u8[m] before compression
+======================= ====================================================================
+
+Shapes: N = cells, M = non-zeros, E = gap exceptions, F = count exceptions, P = N + 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from scale.config import Codec
+from scale.types import StoreError
+
+if sys.byteorder != "little":
+    raise ImportError("stores are little-endian; this machine is not")
+
+logger = logging.getLogger(__name__)
+
+CHUNK_CELLS = 64
+"""Cells per chunk. Larger chunks save no bytes, and a ragged condition wastes half of 256."""
+KIND_COUNTS = 0
+LARGEST_COUNT = 1 << 24
+"""The last integer that float32 holds exactly, and what a low byte and a 16-bit high part hold."""
+LARGEST_ROW = 65_535
+"""Non-zeros per cell that the format can hold."""
+NO_BATCH = 65_535
+"""Batch code of a cell without a batch."""
+
+_HEAD = struct.Struct("<4s4B2H5I")
+_MAGIC = b"SCLC"
+_VERSION = 1
+_CODECS = {Codec.none: 0, Codec.zstd: 1}
+_HAS_BATCH = 1
+_ZSTD_LEVEL = 1  # levels 3 and 9 save nothing on these streams: 287 and 290 against 286 bytes/cell
+
+IntArray = npt.NDArray[np.integer[Any]]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def compiled(function: _Function) -> _Function:
+    """Compile with numba, without the interpreter lock, and keep the machine code on disk."""
+    try:
+        return cast(_Function, numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # numba found no directory it may write its cache to
+        logger.warning("numba cannot write a cache; set NUMBA_CACHE_DIR to save compile time")
+        return cast(_Function, numba.njit(nogil=True)(function))
+
+
+# --- what a chunk holds -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CsrCounts:
+    """Counts of some cells as compressed rows, genes ascending within a row.
+
+    Parameters
+    ----------
+    indptr_P, indices_M, counts_M
+        int64, int32, uint32; no stored zeros.
+    library_N
+        uint32, counts over the library genes, which may be more than the stored ones.
+    batch_code_N
+        uint16 code of each cell's batch where the condition does not fix it, else None.
+    """
+
+    indptr_P: npt.NDArray[np.int64]
+    indices_M: npt.NDArray[np.int32]
+    counts_M: npt.NDArray[np.uint32]
+    library_N: npt.NDArray[np.uint32]
+    batch_code_N: npt.NDArray[np.uint16] | None = None
+
+    @property
+    def num_cells(self) -> int:
+        """Number of cells, N."""
+        return len(self.library_N)
+
+    def slice(self, start: int, stop: int) -> CsrCounts:
+        """Return the cells from ``start`` to before ``stop``."""
+        pointer = self.indptr_P[start : stop + 1]
+        return CsrCounts(
+            pointer - pointer[0],
+            self.indices_M[pointer[0] : pointer[-1]],
+            self.counts_M[pointer[0] : pointer[-1]],
+            self.library_N[start:stop],
+            None if self.batch_code_N is None else self.batch_code_N[start:stop],
+        )
+
+    def take(self, rows: IntArray) -> CsrCounts:
+        """Return the cells at ``rows``, in that order."""
+        size = np.diff(self.indptr_P)[rows]
+        indptr = _pointer(size)
+        source = np.repeat(self.indptr_P[:-1][rows] - indptr[:-1], size) + np.arange(indptr[-1])
+        return CsrCounts(
+            indptr,
+            self.indices_M[source],
+            self.counts_M[source],
+            self.library_N[rows],
+            None if self.batch_code_N is None else self.batch_code_N[rows],
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[CsrCounts]) -> CsrCounts:
+        """Return the cells of all parts, one part after the other."""
+        codes = [p.batch_code_N for p in parts if p.batch_code_N is not None]
+        return cls(
+            _pointer(np.concatenate([np.diff(p.indptr_P) for p in parts])),
+            np.concatenate([p.indices_M for p in parts]),
+            np.concatenate([p.counts_M for p in parts]),
+            np.concatenate([p.library_N for p in parts]),
+            np.concatenate(codes) if len(codes) == len(parts) else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CellChunk:
+    """The streams of a chunk, decompressed; see the module's text for their meaning."""
+
+    library_N: npt.NDArray[np.uint32]
+    num_nonzero_N: npt.NDArray[np.uint16]
+    batch_code_N: npt.NDArray[np.uint16] | None
+    gap_M: npt.NDArray[np.uint8]
+    count_M: npt.NDArray[np.uint8]
+    gap_position_E: npt.NDArray[np.uint32]
+    gap_high_E: npt.NDArray[np.uint16]
+    count_position_F: npt.NDArray[np.uint32]
+    count_high_F: npt.NDArray[np.uint16]
+
+    @property
+    def num_cells(self) -> int:
+        """Number of cells, N."""
+        return len(self.library_N)
+
+    @property
+    def num_nonzero(self) -> int:
+        """Number of stored counts, M."""
+        return len(self.gap_M)
+
+    def select_rows(self, rows: IntArray) -> CellChunk:
+        """Return the cells at ``rows`` (distinct), in that order."""
+        size_all = self.num_nonzero_N.astype(np.int64)
+        start_all = np.cumsum(size_all) - size_all
+        size = size_all[rows]
+        start = np.cumsum(size) - size
+        source = np.repeat(start_all[rows] - start, size) + np.arange(size.sum())
+        target = np.full(self.num_cells, -1, np.int64)
+        target[rows] = np.arange(len(rows))
+
+        def select(
+            position: npt.NDArray[np.uint32], high: npt.NDArray[np.uint16]
+        ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16]]:
+            if not len(position):
+                return position, high
+            row = np.searchsorted(start_all + size_all, position, side="right")
+            kept = target[row] >= 0
+            row, wanted = row[kept], position[kept]
+            moved = (wanted - start_all[row] + start[target[row]]).astype(np.uint32)
+            order = np.argsort(moved)
+            return moved[order], high[kept][order]
+
+        gap_position, gap_high = select(self.gap_position_E, self.gap_high_E)
+        count_position, count_high = select(self.count_position_F, self.count_high_F)
+        return CellChunk(
+            self.library_N[rows],
+            self.num_nonzero_N[rows],
+            None if self.batch_code_N is None else self.batch_code_N[rows],
+            self.gap_M[source],
+            self.count_M[source],
+            gap_position,
+            gap_high,
+            count_position,
+            count_high,
+        )
+
+    def to_csr(self) -> CsrCounts:
+        """Return the counts as compressed rows."""
+        size = self.num_nonzero_N.astype(np.int64)
+        indptr = _pointer(size)
+        step = self.gap_M.astype(np.int64) + 1
+        step[self.gap_position_E] += self.gap_high_E.astype(np.int64) << 8
+        column = np.cumsum(step)
+        before = np.concatenate([[0], column])[indptr[:-1]]
+        counts = self.count_M.astype(np.uint32) + np.uint32(1)
+        counts[self.count_position_F] += self.count_high_F.astype(np.uint32) << np.uint32(8)
+        return CsrCounts(
+            indptr,
+            (column - np.repeat(before + 1, size)).astype(np.int32),
+            counts,
+            self.library_N,
+            self.batch_code_N,
+        )
+
+
+def _pointer(size: IntArray) -> npt.NDArray[np.int64]:
+    pointer = np.zeros(len(size) + 1, np.int64)
+    np.cumsum(size, out=pointer[1:])
+    return pointer
+
+
+# --- arrays to bytes ----------------------------------------------------------------------------
+
+
+class _Compressors(threading.local):
+    """One zstd context per thread: they cannot be shared."""
+
+    def __init__(self) -> None:
+        self.write = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+        self.read = zstandard.ZstdDecompressor()
+
+
+_compressors = _Compressors()
+
+
+def encode_chunk(cells: CsrCounts, *, codec: Codec) -> bytes:
+    """Return the blob of up to 64 cells; the counts must have been checked by the caller.
+
+    Examples
+    --------
+    >>> cells = CsrCounts(
+    ...     np.array([0, 2]), np.array([3, 700], np.int32), np.array([1, 5], np.uint32),
+    ...     np.array([9], np.uint32),
+    ... )
+    >>> parse_chunk(encode_chunk(cells, codec=Codec.zstd)).to_csr().indices_M.tolist()
+    [3, 700]
+    """
+    size = np.diff(cells.indptr_P)
+    if not 1 <= len(size) <= CHUNK_CELLS or size.max() > LARGEST_ROW:
+        raise ValueError(f"{len(size)} cells, most non-zeros {size.max(initial=0)}: no chunk")
+    gap: npt.NDArray[np.int64] = np.diff(cells.indices_M.astype(np.int64), prepend=-1) - 1
+    first = cells.indptr_P[:-1][size > 0]
+    gap[first] = cells.indices_M[first]
+    less = cells.counts_M - np.uint32(1)
+    gap_position = np.flatnonzero(gap > 255)
+    count_position = np.flatnonzero(less > 255)
+    streams = [gap.astype(np.uint8).tobytes(), less.astype(np.uint8).tobytes()]
+    if codec is Codec.zstd:
+        streams = [_compressors.write.compress(stream) for stream in streams]
+    parts = [
+        cells.library_N.astype("<u4"),
+        gap_position.astype("<u4"),
+        count_position.astype("<u4"),
+        size.astype("<u2"),
+    ]
+    if cells.batch_code_N is not None:
+        parts.append(cells.batch_code_N.astype("<u2"))
+    parts += [(gap[gap_position] >> 8).astype("<u2"), (less[count_position] >> 8).astype("<u2")]
+    head = _HEAD.pack(
+        _MAGIC,
+        _VERSION,
+        KIND_COUNTS,
+        _CODECS[codec],
+        0 if cells.batch_code_N is None else _HAS_BATCH,
+        len(size),
+        0,
+        len(gap),
+        len(gap_position),
+        len(count_position),
+        *(len(stream) for stream in streams),
+    )
+    return b"".join([head, *(part.tobytes() for part in parts), *streams])
+
+
+# --- bytes to arrays ----------------------------------------------------------------------------
+
+
+def parse_chunk(blob: bytes | memoryview, *, num_genes: int | None = None) -> CellChunk:
+    """Return the streams of a blob, checked against each other.
+
+    Parameters
+    ----------
+    blob
+        A whole chunk. Streams that are not compressed become views of it.
+    num_genes
+        Genes of the store; with it, no cell may name a gene behind the last.
+
+    Raises
+    ------
+    StoreError
+        If the blob is no chunk, or its parts contradict each other.
+    """
+    if len(blob) < _HEAD.size:
+        raise StoreError(f"chunk of {len(blob)} bytes; a chunk has at least {_HEAD.size}")
+    magic, version, kind, codec, flags, n, reserved, m, e, f, *stored = _HEAD.unpack_from(blob)
+    if (magic, version, kind) != (_MAGIC, _VERSION, KIND_COUNTS) or codec not in (0, 1):
+        raise StoreError(f"no chunk of counts: {magic!r}, version {version}, kind {kind}/{codec}")
+    has_batch = flags & _HAS_BATCH
+    side_bytes = 4 * (n + e + f) + 2 * (n * (1 + has_batch) + e + f)
+    expected = _HEAD.size + side_bytes + sum(stored)
+    if flags > _HAS_BATCH or reserved or len(blob) != expected:
+        raise StoreError(f"chunk of {len(blob)} bytes, its head says {expected}")
+    library, gap_position, count_position = _cut(blob, _HEAD.size, "<u4", (n, e, f))
+    sizes = (n, n * has_batch, e, f)
+    short = _cut(blob, _HEAD.size + 4 * (n + e + f), "<u2", sizes)
+    gap_start = _HEAD.size + side_bytes
+    count_start = gap_start + stored[0]
+    view = memoryview(blob)
+    chunk = CellChunk(
+        library,
+        short[0],
+        short[1] if has_batch else None,
+        _stream(view[gap_start:count_start], codec, m),
+        _stream(view[count_start:], codec, m),
+        gap_position,
+        short[2],
+        count_position,
+        short[3],
+    )
+    fault = _fault(
+        chunk.num_nonzero_N,
+        chunk.gap_M,
+        gap_position,
+        chunk.gap_high_E,
+        count_position,
+        1 << 24 if num_genes is None else num_genes,
+    )
+    if fault:
+        raise StoreError(f"chunk contradicts itself: {_FAULTS[fault]} ({num_genes} genes)")
+    return chunk
+
+
+def _cut(
+    blob: bytes | memoryview, start: int, dtype: str, sizes: Sequence[int]
+) -> list[npt.NDArray[Any]]:
+    """Return adjacent arrays of one type."""
+    whole = np.frombuffer(blob, dtype, sum(sizes), start)
+    ends = np.cumsum(sizes).tolist()
+    return [whole[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _stream(stored: memoryview, codec: int, size: int) -> npt.NDArray[np.uint8]:
+    raw: bytes | memoryview
+    if codec == _CODECS[Codec.zstd]:
+        try:
+            found = zstandard.frame_content_size(stored)
+            raw = _compressors.read.decompress(stored) if found == size else b""
+        except zstandard.ZstdError as error:
+            raise StoreError(f"chunk with a broken zstd stream: {error}") from error
+    else:
+        found, raw = len(stored), stored
+    if found != size:
+        raise StoreError(f"chunk with a stream of {found} entries, its head says {size}")
+    return np.frombuffer(raw, np.uint8)
+
+
+_FAULTS = (
+    "",
+    "non-zeros per cell do not add up",
+    "positions of exceptions are not ascending or too large",
+    "a cell names a gene behind the last",
+)
+
+
+@compiled
+def _fault(
+    num_nonzero_N: npt.NDArray[np.uint16],
+    gap_M: npt.NDArray[np.uint8],
+    gap_position_E: npt.NDArray[np.uint32],
+    gap_high_E: npt.NDArray[np.uint16],
+    count_position_F: npt.NDArray[np.uint32],
+    num_genes: int,
+) -> int:
+    """Return 0 for a sound chunk, else the index of the fault."""
+    total = 0
+    for size in num_nonzero_N:
+        total += size
+    if total != gap_M.size:
+        return 1
+    for position in (gap_position_E, count_position_F):
+        last = -1
+        for value in position:
+            if value <= last or value >= total:
+                return 2
+            last = np.int64(value)
+    end, exception = np.int64(0), 0
+    for size in num_nonzero_N:
+        start, end = end, end + size
+        column = np.int64(0)
+        for k in range(start, end):
+            column += gap_M[k]
+        while exception < gap_position_E.size and gap_position_E[exception] < end:
+            column += np.int64(gap_high_E[exception]) << 8
+            exception += 1
+        if column + size > num_genes:
+            return 3
+    return 0
