@@ -250,9 +250,11 @@ def encode_chunk(cells: CsrCounts, *, codec: Codec) -> bytes:
     size = np.diff(cells.indptr_P)
     if not 1 <= len(size) <= CHUNK_CELLS or size.max() > LARGEST_ROW:
         raise ValueError(f"{len(size)} cells, most non-zeros {size.max(initial=0)}: no chunk")
-    gap: npt.NDArray[np.int64] = np.diff(cells.indices_M.astype(np.int64), prepend=-1) - 1
+    column = cells.indices_M.astype(np.int64)
+    gap = column - 1
+    gap[1:] -= column[:-1]
     first = cells.indptr_P[:-1][size > 0]
-    gap[first] = cells.indices_M[first]
+    gap[first] = column[first]
     less = cells.counts_M - np.uint32(1)
     gap_position = np.flatnonzero(gap > 255)
     count_position = np.flatnonzero(less > 255)
@@ -394,7 +396,7 @@ def _fault(
         for value in position:
             if value <= last or value >= total:
                 return 2
-            last = np.int64(value)
+            last = int(value)
     end, exception = np.int64(0), 0
     for size in num_nonzero_N:
         start, end = end, end + size
