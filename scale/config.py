@@ -676,6 +676,25 @@ class DemoConfig:
         _check_positive("finetune_steps", self.finetune_steps)
 
 
+@dataclass(kw_only=True, slots=True)
+class InfoConfig:
+    """Settings of ``scale info``."""
+
+    name: str = MISSING
+    run_dir: str = MISSING
+    model: ModelConfig | None = None
+    """A preset to count; null = none."""
+    num_genes: int = 2000
+    """Genes that the preset is counted with."""
+    store: str | None = None
+    """Directory of a store to describe."""
+    run: str | None = None
+    """Run directory to describe."""
+
+    def __post_init__(self) -> None:
+        _check_positive("num_genes", self.num_genes)
+
+
 SCHEMAS: dict[str, type] = {
     "prepare": PrepareConfig,
     "pretrain": PretrainConfig,
@@ -683,6 +702,7 @@ SCHEMAS: dict[str, type] = {
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
     "demo": DemoConfig,
+    "info": InfoConfig,
 }
 
 
