@@ -1,9 +1,8 @@
-"""Process groups, and the engine that makes one optimizer step out of a list of micro-batches.
+"""Process groups: how the ranks share the work, and which layouts are refused.
 
-One engine for a laptop and a cluster: Megatron-core's parallel state, distributed data parallel,
-optimizer wrappers and schedule, at world size 1 too. Tensor parallel ranks share each set block
-and, elsewhere, the cells of a set (sequence parallel); data parallel ranks share the sets of a
-batch. A set is never split over data parallel ranks.
+Megatron-core's parallel state is used at world size 1 too. Tensor parallel ranks share each set
+block and, elsewhere, the cells of a set (sequence parallel); data parallel ranks share the sets of
+a batch. A set is never split over data parallel ranks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,58 @@
+"""Each item that Megatron-core is spared without CUDA is needed, and harmless when repeated."""
+
+import pytest
+import torch
+from ranks import RankContext, run_ranks
+
+from scale.train import megatron_cpu
+
+
+def probe(context: RankContext, item: str | None, folder: str) -> str:
+    """One fp32 step and a sharded save with an item left out; returns what went wrong."""
+    from pathlib import Path
+
+    from test_engine import make_engine, share
+
+    from scale.train import checkpoint
+
+    megatron_cpu.install(skip=frozenset() if item is None else frozenset({item}))
+    try:
+        with context.layout() as layout:
+            engine = make_engine(layout)
+            engine.step(share(layout, 0), step=1, lr=1e-2)
+            checkpoint.save_weights(Path(folder), engine)
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is CUDA")
+@pytest.mark.parametrize("item", megatron_cpu.ITEMS)
+def test_item_is_still_needed(tmp_path, item):
+    from importlib.metadata import version
+
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    failure = run_ranks(probe, 1, tmp_path, item, str(folder))[0]
+    assert failure, f"{item} is no longer needed by megatron-core {version('megatron-core')}"
+
+
+def test_nothing_is_missing(tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    assert run_ranks(probe, 1, tmp_path, None, str(folder)) == [""]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is CUDA")
+def test_install_twice_is_install_once():
+    original = torch.cuda.current_device
+    with megatron_cpu.installed():
+        megatron_cpu.install()
+        assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.zeros(2).to("cuda").cuda().device.type == "cpu"
+        assert torch.cuda.current_device() == torch.device("cpu")
+    assert torch.cuda.current_device is original
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    with pytest.raises(ValueError, match="no item streams; known: current_device"):
+        megatron_cpu.install(skip=frozenset({"streams"}))

@@ -1,0 +1,76 @@
+"""Learning rate, groups of weight decay, moving average."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from scale.train.optim import MovingAverage, decayed_parameters, learning_rate
+
+
+def rate(step, **changes):
+    settings = {"peak": 3e-4, "warmup_steps": 100, "max_steps": 1000, "final_fraction": 0.1}
+    return learning_rate(step, **(settings | changes))
+
+
+def test_rate_rises_linearly_and_falls_by_a_cosine():
+    assert rate(1) == pytest.approx(3e-6)
+    assert rate(50) == pytest.approx(1.5e-4)
+    assert rate(100) == 3e-4
+    assert rate(550) == pytest.approx(3e-4 * (0.1 + 0.9 / 2))
+    assert rate(1000) == pytest.approx(3e-5)
+    assert rate(2000) == pytest.approx(3e-5)
+    falling = [rate(n) for n in range(100, 1001)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_rate_of_short_runs_is_finite():
+    assert rate(5, max_steps=5) == 3e-4
+    assert rate(1, max_steps=1, warmup_steps=0) == pytest.approx(3e-5)
+    assert all(math.isfinite(rate(n, max_steps=100)) for n in range(1, 102))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.norm = nn.LayerNorm(4)
+        self.names = nn.Embedding(5, 4)
+        self.modulation = nn.Parameter(torch.zeros(6, 4))
+        self.patch = nn.Parameter(torch.zeros(2, 4, 3))
+        self.patch.decays = True
+
+
+def test_decay_is_for_matrices_only():
+    assert decayed_parameters(nn.Sequential(Block())) == {"0.linear.weight", "0.patch"}
+
+
+def test_average_has_its_closed_form():
+    model = nn.Linear(2, 1, bias=False)
+    average = MovingAverage(model, decay=0.5)
+    expected = model.weight.detach().double()
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+    # beta is 1/10, 2/11, ..., and 0.5 from n = 8 on.
+    factor = 1.0
+    for n in range(20):
+        average.update(n)
+        factor *= min(0.5, (1 + n) / (10 + n))
+    torch.testing.assert_close(
+        average.weights["weight"].double(), expected * factor, rtol=1e-5, atol=0
+    )
+
+
+def test_applied_average_leaves_the_bits_of_the_weights():
+    torch.manual_seed(0)
+    model = nn.Linear(7, 5).to(torch.bfloat16)
+    average = MovingAverage(model, decay=0.999)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.mul_(1.5)
+    own = model.weight.detach().clone()
+    with average.applied():
+        assert torch.equal(model.weight, before)
+    assert torch.equal(model.weight, own)
+    assert average.weights["weight"].dtype is torch.float32
