@@ -49,8 +49,8 @@ def better_forms(aggregate: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def arrow(better: str) -> str:
-    """Return the sign of the good direction."""
-    return "↑" if better == "higher" else "↓"
+    """Return the sign of the good direction, nothing where neither is good."""
+    return {"higher": "↑", "lower": "↓"}.get(better, "")
 
 
 def number(value: float) -> str:
@@ -121,7 +121,7 @@ def scores(
     ax.set_yticks(np.arange(len(order)), words)
     ax.set_ylim(-0.6, len(order) - 0.4)
     better = str(rows["better"].iloc[0])
-    tidy(ax, grid="x", title=f"{label or metric} {arrow(better)}")
+    tidy(ax, grid="x", title=f"{label or metric} {arrow(better)}".rstrip())
     ax.tick_params(axis="y", length=0, labelcolor=INK)
     few_ticks(ax, "x", 4)
     return ax

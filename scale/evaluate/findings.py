@@ -1,0 +1,192 @@
+"""An evaluation sorted for reading: who is a model, who a baseline, what is compared, what is best.
+
+The text for the terminal and the page are two renderings of this one object, so that they cannot
+say different things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
+from scale.evaluate.verdict import Comparison, compare, headline_metrics
+from scale.plot.bars import CEILING, number
+
+if TYPE_CHECKING:
+    from scale.evaluate.protocol import Evaluation
+
+BASELINE_NAMES = (
+    "control_copy",
+    "perturbation_mean",
+    "context_transfer",
+    "additive",
+    "context_mean",
+    "linear",
+    "nearest",
+    "other_perturbation",
+    "oracle_mean",
+)
+"""Names that no model may have, in the order of the tables."""
+
+Kind = Literal["model", "baseline", "ceiling"]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of the tables: a method in one of its forms."""
+
+    method: str
+    form: str
+    kind: Kind
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One mean with its interval; NaN where there is none."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> str:
+        """The interval as text, empty where there is none."""
+        if not (np.isfinite(self.low) and np.isfinite(self.high)):
+            return ""
+        return f"[{number(self.low)}, {number(self.high)}]"
+
+
+_NOTHING = Score(float("nan"), float("nan"), float("nan"))
+
+
+@dataclass
+class Findings:
+    """What an evaluation found.
+
+    Parameters
+    ----------
+    evaluation
+        Scores of every method.
+    """
+
+    evaluation: Evaluation
+    models: list[str] = field(init=False)
+    baselines: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = list(dict.fromkeys(self.evaluation.aggregate["method"].astype(str)))
+        others = [m for m in found if m not in (CEILING, "observed")]
+        self.models = [m for m in others if m not in BASELINE_NAMES]
+        self.baselines = [m for m in BASELINE_NAMES if m in others]
+        if not self.models:
+            raise ValueError(
+                f"the evaluation has no model, only {', '.join(found) or 'nothing'}; give "
+                "predicted cells"
+            )
+
+    @cached_property
+    def headline(self) -> list[str]:
+        """Metrics of the first table."""
+        return headline_metrics(self.evaluation.aggregate)
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """All metrics, those of the first table first."""
+        present = list(dict.fromkeys(self.evaluation.aggregate["metric"].astype(str)))
+        return [*self.headline, *(m for m in present if m not in self.headline)]
+
+    @cached_property
+    def comparisons(self) -> dict[str, list[Comparison]]:
+        """Model -> comparisons with the best baseline, one per metric of the first table."""
+        found = {
+            model: [compare(self.evaluation, model, m, self.baselines) for m in self.headline]
+            for model in self.models
+        }
+        return {model: [c for c in each if c is not None] for model, each in found.items()}
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """Rows of the tables: models, baselines, the ceiling last."""
+        forms = (
+            self.evaluation.aggregate.groupby("method", observed=True)["form"]
+            .agg(lambda column: list(dict.fromkeys(column.astype(str))))
+            .to_dict()
+        )
+        lines = []
+        kinds: list[tuple[Kind, Sequence[str]]] = [
+            ("model", self.models),
+            ("baseline", self.baselines),
+            ("ceiling", [CEILING] if CEILING in forms else []),
+        ]
+        for kind, methods in kinds:
+            for method in methods:
+                words = method if kind == "model" else method.replace("_", " ")
+                for form in forms[method]:
+                    name = f"{words} ({form})" if len(forms[method]) > 1 else words
+                    lines.append(Line(method, form, kind, name))
+        return lines
+
+    @cached_property
+    def _scores(self) -> dict[tuple[str, str, str], Score]:
+        table = self.evaluation.aggregate
+        keys = zip(table["method"], table["form"], table["metric"], strict=True)
+        numbers = table[["mean", "low", "high"]].to_numpy(np.float64)
+        return {
+            (str(a), str(b), str(c)): Score(*map(float, row))
+            for (a, b, c), row in zip(keys, numbers, strict=True)
+        }
+
+    @cached_property
+    def _better(self) -> dict[str, str]:
+        table = self.evaluation.aggregate
+        return dict(zip(table["metric"].astype(str), table["better"].astype(str), strict=True))
+
+    def better(self, metric: str) -> str:
+        """``higher``, ``lower``, or ``none`` for a description."""
+        return self._better[metric]
+
+    def score(self, line: Line, metric: str) -> Score:
+        """Mean and interval of a row on a metric."""
+        return self._scores.get((line.method, line.form, metric), _NOTHING)
+
+    def is_best(self, line: Line, metric: str) -> bool:
+        """Whether a row is the best on a metric; the ceiling does not compete.
+
+        Rows that print the same number are all marked.
+        """
+        if line.kind == "ceiling" or self.better(metric) == "none":
+            return False
+        rivals = [self.score(other, metric).mean for other in self.lines if other.kind != "ceiling"]
+        rivals = [value for value in rivals if np.isfinite(value)]
+        value = self.score(line, metric).mean
+        if not rivals or not np.isfinite(value):
+            return False
+        top = max(rivals) if self.better(metric) == "higher" else min(rivals)
+        return number(value) == number(top)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Method -> metric -> mean over contexts; the better form where a method has two."""
+        means: dict[str, dict[str, float]] = {}
+        for line in self.lines:
+            of_method = means.setdefault(line.method, {})
+            for metric in self.metrics:
+                value = self.score(line, metric).mean
+                known = of_method.get(metric, float("nan"))
+                if np.isfinite(known) and np.isfinite(value):
+                    pick = {"higher": max, "lower": min}.get(self.better(metric))
+                    of_method[metric] = known if pick is None else pick(known, value)
+                elif not np.isfinite(known):
+                    of_method[metric] = value
+        return means
+
+    @property
+    def excluded(self) -> pd.DataFrame:
+        """Conditions that were left out, with the reason."""
+        table: pd.DataFrame = self.evaluation.excluded
+        return table

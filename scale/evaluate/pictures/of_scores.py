@@ -1,0 +1,252 @@
+"""Figures of scores: over all conditions, and condition by condition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from scale.evaluate.pictures.subject import Picture, Subject, picture_of
+from scale.evaluate.verdict import label_of
+from scale.plot.bars import (
+    CEILING,
+    against_effect,
+    better_forms,
+    condition_values,
+    counts,
+    dumbbells,
+    number,
+    score_panels,
+    strip,
+)
+from scale.plot.canvas import Figure, new_figure, shorten
+from scale.plot.curves import training_panels
+from scale.plot.heat import heat
+
+
+def draw_training(subject: Subject) -> list[Picture]:
+    """Loss curves of the training run."""
+    if subject.training_metrics is None or subject.training_metrics.empty:
+        return []
+    figure = training_panels(subject.training_metrics)
+    if figure is None:
+        return []
+    last = subject.training_metrics.iloc[-1]
+    loss = subject.training_metrics.get("train/loss")
+    reached = (
+        "" if loss is None else f", last training loss {number(float(loss.dropna().iloc[-1]))}"
+    )
+    return [
+        picture_of(
+            "training",
+            "Training",
+            "Pale: every logged step. Strong: running mean. Dots: validation conditions, which "
+            "are never trained on.",
+            f"Loss curves over {int(last['step']):,} optimizer steps{reached}.",
+            figure,
+        )
+    ]
+
+
+def draw_scores(subject: Subject) -> list[Picture]:
+    """Bars of the headline metrics."""
+    if not subject.headline:
+        return []
+    metrics = subject.headline
+    figure = score_panels(
+        subject.aggregate,
+        metrics,
+        labels={m: label_of(m) for m in metrics},
+        colours={m: subject.colours[m] for m in subject.order},
+        columns=min(4, len(metrics)),
+    )
+    told = [
+        f"{label_of(m)}: "
+        + ", ".join(
+            f"{str(name).replace('_', ' ')} {number(float(mean))}"
+            for name, mean in better_forms(subject.aggregate, m)["mean"].to_dict().items()
+        )
+        for m in metrics
+    ]
+    return [
+        picture_of(
+            "scores",
+            "Model, baselines and ceiling",
+            "Mean over contexts; lines are intervals over independent units. A baseline is shown "
+            "in its better form. The hatched bar and the dashed line are the replicate: what one "
+            "half of the observed cells reaches as a prediction of the other half. The arrow says "
+            "which direction is good.",
+            "Bars per metric. " + "; ".join(told) + ".",
+            figure,
+        )
+    ]
+
+
+def draw_overlap(subject: Subject) -> list[Picture]:
+    """Overlap of significant genes, condition by condition."""
+    metric = "overlap_at_N"
+    first = subject.values(metric, subject.model)
+    if first.empty:
+        return []
+    methods = [subject.model]
+    best = subject.best_baseline(metric)
+    methods += [best] if best else []
+    methods += [m for m in subject.models[1:3] if not subject.values(metric, m).empty]
+    methods += [CEILING] if not subject.values(metric, CEILING).empty else []
+    series = {m: subject.values(metric, m) for m in methods}
+    axes = dumbbells(
+        series,
+        colours=subject.colours,
+        label="share of the observed significant genes",
+        names={c: subject.name(c, 28) for c in first.index},
+    )
+    mean = {m: number(float(values.mean())) for m, values in series.items()}
+    return [
+        picture_of(
+            "overlap",
+            "Overlap of significant genes, condition by condition",
+            "Among as many top predicted genes as there are observed significant ones, the share "
+            "that is observed too. A line joins the model to the best baseline.",
+            "Overlap of significant genes per condition; mean over conditions: "
+            + ", ".join(f"{m.replace('_', ' ')} {v}" for m, v in mean.items())
+            + ".",
+            _figure_of(axes),
+        )
+    ]
+
+
+def _figure_of(axes: object) -> Figure:
+    figure = getattr(axes, "figure", None)
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def draw_strips(subject: Subject) -> list[Picture]:
+    """Every condition as a dot, per headline metric."""
+    metrics = subject.headline[:3]
+    if not metrics:
+        return []
+    figure = new_figure(3.73 * len(metrics), 3.5)
+    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for ax, metric in zip(axes, metrics, strict=True):
+        strip(
+            subject.scores,
+            metric,
+            subject.methods_of(metric),
+            colours=subject.colours,
+            label=subject.words(metric),
+            ax=ax,
+        )
+    return [
+        picture_of(
+            "conditions",
+            "Condition by condition",
+            "One dot per condition; the line is the median.",
+            "Scores of every condition for "
+            + ", ".join(label_of(m).lower() for m in metrics)
+            + ", one column of dots per method.",
+            figure,
+        )
+    ]
+
+
+def draw_contexts(subject: Subject) -> list[Picture]:
+    """Means per context and method as heat maps."""
+    metrics = [m for m in subject.headline if m in ("residual_pearson", "overlap_at_N")]
+    metrics = (metrics or subject.headline)[:2]
+    if not metrics:
+        return []
+    figure = new_figure(5.6 * len(metrics), max(2.6, 1.7 + 0.3 * len(subject.contexts)))
+    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for ax, metric in zip(axes, metrics, strict=True):
+        methods = subject.methods_of(metric)
+        columns = {}
+        for method, form in methods.items():
+            values = condition_values(subject.scores, metric, method, form)
+            columns[method.replace("_", " ")] = values.groupby(level=0).mean()
+        table = pd.DataFrame(columns).reindex(subject.contexts)
+        table.index = pd.Index([shorten(str(c), 20) for c in table.index])
+        better = str(subject.aggregate.loc[subject.aggregate["metric"] == metric, "better"].iloc[0])
+        heat(
+            table,
+            label="mean over conditions",
+            better=better,
+            title=subject.words(metric),
+            figure=figure,
+            ax=ax,
+        )
+    return [
+        picture_of(
+            "contexts",
+            "Context by context",
+            "Mean over the conditions of a context; darker is better.",
+            "Heat maps of contexts against methods for "
+            + " and ".join(label_of(m).lower() for m in metrics)
+            + "; the numbers stand in the table of scores.",
+            figure,
+        )
+    ]
+
+
+def draw_significant(subject: Subject) -> list[Picture]:
+    """Numbers of significant genes, and the score against the size of the effect."""
+    pictures = []
+    observed = subject.values("de_nsig_counts_real", subject.model)
+    predicted = {
+        m: values
+        for m in [
+            *reversed([b for b in [subject.best_baseline("overlap_at_N")] if b]),
+            *subject.models,
+        ]
+        if not (values := subject.values("de_nsig_counts_pred", m)).empty
+    }
+    sized = _effect_sizes(subject)
+    ranked = subject.ranking()
+    halves = [bool(predicted) and not observed.empty, ranked is not None and not sized.empty]
+    if not any(halves):
+        return []
+    figure = new_figure(11.2 if all(halves) else 5.6, 4.2)
+    axes = list(figure.subplots(1, sum(halves), squeeze=False)[0])
+    told, captions = [], []
+    if halves[0]:
+        counts(observed, predicted, colours=subject.colours, ax=axes.pop(0))
+        captions.append(
+            "Left: significant genes (false discovery rate below 5 %) per condition, predicted "
+            "against observed; above the dashed line a method calls too many."
+        )
+        told += [
+            f"{m.replace('_', ' ')} calls {number(float(v.sum()))} significant genes where "
+            f"{number(float(observed.sum()))} are observed"
+            for m, v in predicted.items()
+        ]
+    if halves[1] and ranked is not None:
+        metric = ranked[0]
+        names = [subject.model, *([b] if (b := subject.best_baseline(metric)) else []), CEILING]
+        shown = {m: v for m in names if not (v := subject.values(metric, m)).empty}
+        against_effect(
+            sized, shown, colours=subject.colours, label=subject.words(metric), ax=axes.pop(0)
+        )
+        captions.append(
+            "Right: a score against the size of the observed change; weak responses "
+            "are hard for everyone, the replicate included."
+        )
+        told.append(f"{label_of(metric)} against the size of the observed change")
+    pictures.append(
+        picture_of(
+            "significant",
+            "Significant genes, and the size of the effect",
+            " ".join(captions),
+            "; ".join(told) + ".",
+            figure,
+        )
+    )
+    return pictures
+
+
+def _effect_sizes(subject: Subject) -> pd.Series:
+    sizes = {
+        (context, str(perturbation)): float(np.linalg.norm(row))
+        for (method, context), table in subject.evaluation.deltas.items()
+        if method == "observed"
+        for perturbation, row in zip(table.index, table.to_numpy(np.float64), strict=True)
+    }
+    return pd.Series(sizes, dtype=np.float64)

@@ -1,0 +1,245 @@
+"""The report: what an evaluation found, as files, as text for a terminal, and as one page.
+
+The page says in words first whether a model beats the best baseline, then gives the table, then
+pictures, then what was left out and how it was made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from scale.config import ProtocolConfig
+from scale.evaluate import page, text
+from scale.evaluate.findings import Findings
+from scale.evaluate.pictures import Subject, draw
+from scale.runtime import atomic_path, versions, write_json
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scale.evaluate.protocol import Evaluation
+
+FILES = (
+    "scores.parquet",
+    "scores.csv",
+    "aggregate.csv",
+    "excluded.csv",
+    "collapse.json",
+    "meta.json",
+    "summary.json",
+    "report.md",
+    "report.html",
+)
+"""What :meth:`Report.save` writes; the page last, so that it stands for the whole."""
+
+
+class Report:
+    """What an evaluation found, ready to be read or saved.
+
+    Parameters
+    ----------
+    evaluation
+        Scores of models, baselines and the ceiling.
+    title
+        First line of the page.
+    training_metrics
+        ``metrics.jsonl`` of a training run as a table, for its loss curves.
+    meta
+        What else explains the report; added to that of the evaluation.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        *,
+        title: str = "How well are unseen responses predicted?",
+        training_metrics: pd.DataFrame | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.evaluation = evaluation
+        self.title = title
+        self.training_metrics = training_metrics
+        self.findings = Findings(evaluation)
+        self.meta: dict[str, Any] = {**evaluation.meta, **(meta or {})}
+        self.meta.setdefault("versions", versions())
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """One row per (method, form, condition, metric)."""
+        return self.evaluation.scores
+
+    @property
+    def aggregate(self) -> pd.DataFrame:
+        """One row per (method, form, metric), with intervals."""
+        return self.evaluation.aggregate
+
+    @cached_property
+    def subject(self) -> Subject:
+        """What the figures are drawn from."""
+        return Subject(
+            self.evaluation, self.findings.models, self.findings.baselines, self.training_metrics
+        )
+
+    def table(self) -> str:
+        """Return the main table as Markdown: methods x headline metrics."""
+        return text.main_table(self.findings)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Return method -> metric -> mean over contexts.
+
+        Where a method has two forms (dispersed cells, the exact mean) it is the better one: that
+        is what a claim has to beat.
+        """
+        return self.findings.summary()
+
+    def subtitle(self) -> str:
+        """Return how much was judged, in one line."""
+        shown = self.scores[self.scores["method"] == self.findings.models[0]]
+        contexts = shown["context"].nunique()
+        conditions = len(shown[["context", "perturbation"]].drop_duplicates())
+        words = [
+            ", ".join(self.findings.models),
+            f"{conditions:,} condition{'s' if conditions != 1 else ''} in "
+            f"{contexts:,} context{'s' if contexts != 1 else ''}",
+        ]
+        if profile := self.meta.get("profile"):
+            words.append(f"protocol {profile}")
+        return " · ".join(words)
+
+    def html(self) -> str:
+        """Return the page."""
+        return page.build(
+            self.findings,
+            self.subject,
+            draw(self.subject),
+            title=self.title,
+            subtitle=self.subtitle(),
+            meta=self.meta,
+        )
+
+    def markdown(self) -> str:
+        """Return the report as text for a terminal."""
+        return text.markdown(
+            self.findings, title=self.title, subtitle=self.subtitle(), meta=self.meta
+        )
+
+    def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
+        """Write every file of the report into ``folder`` and return the path of the page.
+
+        Raises
+        ------
+        FileExistsError
+            If there is a report already and ``overwrite`` is False.
+        """
+        folder = Path(folder)
+        if (folder / "report.html").exists() and not overwrite:
+            raise FileExistsError(f"{folder / 'report.html'} exists; set overwrite, or use another")
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / "scores.parquet") as temporary:
+            self.scores.to_parquet(temporary, index=False, compression="zstd")
+        for name, table in (
+            ("scores", self.scores),
+            ("aggregate", self.aggregate),
+            ("excluded", self.evaluation.excluded),
+        ):
+            with atomic_path(folder / f"{name}.csv") as temporary:
+                table.to_csv(temporary, index=False)
+        write_json(folder / "collapse.json", _for_json(self.evaluation.collapse))
+        write_json(folder / "meta.json", _for_json({"title": self.title, **self.meta}))
+        write_json(folder / "summary.json", _for_json(self.summary()))
+        for name, content in (("report.md", self.markdown()), ("report.html", self.html())):
+            with atomic_path(folder / name) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+        return folder / "report.html"
+
+    def _repr_markdown_(self) -> str:
+        return f"**{self.title}**\n\n{self.subtitle()}\n\n{self.table()}"
+
+    def __repr__(self) -> str:
+        return f"Report: {self.subtitle()}\n{self.table()}"
+
+
+def _for_json(value: Any) -> Any:
+    """Return ``value`` with what JSON cannot hold replaced: NaN by null, arrays by lists."""
+    if isinstance(value, Mapping):
+        return {str(k): _for_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_for_json(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return _for_json(value.tolist())
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def evaluate(
+    predicted: AnnData | Path | str | Mapping[str, AnnData | Path | str],
+    observed: AnnData | Path | str,
+    *,
+    perturbation_key: str,
+    control: str,
+    cell_type_key: str,
+    unit_key: str | None = None,
+    train: AnnData | Path | str | None = None,
+    protocol: ProtocolConfig | None = None,
+    seed: int = 0,
+) -> Report:
+    """Return how well predicted cells match observed ones, beside baselines and a ceiling.
+
+    Parameters
+    ----------
+    predicted
+        Predicted cells (log1p values) as AnnData or the path of an h5ad, or method -> either.
+    observed
+        Observed cells of the same conditions, with control cells.
+    perturbation_key, cell_type_key
+        Columns of ``.obs``: what was done to a cell, and its context.
+    control
+        Label of the control in the column ``perturbation_key``.
+    unit_key
+        Column of the independent unit (cell line, donor) over which intervals are taken; None =
+        the cell type.
+    train
+        Training cells with the controls of all contexts, for the baselines; without them no claim
+        is possible.
+    protocol
+        Rules; None = the strict ones.
+    seed
+        Of subsamples and halvings.
+    """
+    from scale.evaluate.protocol import run_protocol
+
+    methods = predicted if isinstance(predicted, Mapping) else {"model": predicted}
+    evaluation = run_protocol(
+        {name: _read(source) for name, source in methods.items()},
+        _read(observed),
+        perturbation_key=perturbation_key,
+        cell_type_key=cell_type_key,
+        control=control,
+        unit_key=unit_key,
+        train=None if train is None else _read(train),
+        protocol=protocol or ProtocolConfig(),
+        seed=seed,
+    )
+    return Report(evaluation)
+
+
+def _read(source: AnnData | Path | str) -> AnnData:
+    if not isinstance(source, str | Path):
+        return source
+    from anndata import read_h5ad
+
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"no file {source}; give the path of an h5ad")
+    return read_h5ad(source)

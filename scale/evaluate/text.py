@@ -1,0 +1,113 @@
+"""A report as text: Markdown that lines up in a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scale.evaluate.findings import Findings
+from scale.evaluate.verdict import banners, collapse_sentence, label_of, sentence
+from scale.plot.bars import arrow, number
+
+MOST_EXCLUDED = 40
+"""Lines of left-out conditions in the text; the file has them all."""
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table whose columns line up; the first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        padded = [
+            text.ljust(width) if place == 0 else text.rjust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(padded)} |")
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    lines.insert(1, f"| {' | '.join(rule)} |")
+    return "\n".join(lines)
+
+
+def main_table(findings: Findings) -> str:
+    """Return the first table: methods x headline metrics; ``*`` marks the best."""
+    rows = [["", *(f"{m} {arrow(findings.better(m))}" for m in findings.headline)]]
+    for line in findings.lines:
+        cells = []
+        for metric in findings.headline:
+            mark = "*" if findings.is_best(line, metric) else " "
+            cells.append(number(findings.score(line, metric).mean) + mark)
+        rows.append([line.name, *cells])
+    return columns(rows)
+
+
+def full_table(findings: Findings) -> str:
+    """Return every metric of every method with its interval, one row each."""
+    rows = [["metric", "method", "mean", "interval"]]
+    for metric in findings.metrics:
+        for line in findings.lines:
+            score = findings.score(line, metric)
+            if np.isfinite(score.mean):
+                name = f"{metric} {arrow(findings.better(metric))}"
+                rows.append([name, line.name, number(score.mean), score.interval])
+    return columns(rows)
+
+
+def facts(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is known about the making of a report, each as one text."""
+    known: dict[str, str] = {}
+    for name, value in meta.items():
+        if name == "warnings" or value is None:
+            continue
+        words = name.replace("_", " ")
+        if isinstance(value, Mapping):
+            known[words] = ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+        elif isinstance(value, list | tuple):
+            known[words] = ", ".join(_plain(v) for v in value)
+        else:
+            known[words] = _plain(value)
+    return known
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def markdown(findings: Findings, *, title: str, subtitle: str, meta: Mapping[str, Any]) -> str:
+    """Return the whole report as text."""
+    lines = [f"# {title}", "", subtitle, "", "## Verdict", ""]
+    for model, comparisons in findings.comparisons.items():
+        for c in comparisons:
+            head = label_of(c.metric) if len(findings.models) == 1 else f"{model}, {c.metric}"
+            lines.append(f"- {head}: {sentence(c)}")
+    lines.append("")
+    for model in findings.models:
+        lines.append(f"- {collapse_sentence(model, findings.evaluation.collapse.get(model, {}))}")
+    lines += [f"- {line}" for line in banners(findings.evaluation, findings.baselines)]
+    lines += ["", "## Scores", "", main_table(findings), ""]
+    lines += [
+        "Means over contexts; `*` = best of models and baselines; the replicate is the ceiling.",
+        "",
+        "## All metrics",
+        "",
+        full_table(findings),
+        "",
+        f"## Left out: {len(findings.excluded)} conditions",
+        "",
+    ]
+    if len(findings.excluded):
+        shown = findings.excluded.head(MOST_EXCLUDED).astype(str)
+        names = ["context", "perturbation", "reason"]
+        lines.append(columns([names, *shown[names].to_numpy().tolist()]))
+        if len(findings.excluded) > MOST_EXCLUDED:
+            lines.append(f"... {len(findings.excluded) - MOST_EXCLUDED} more in excluded.csv")
+        lines.append("")
+    lines += ["## How it was made", ""]
+    lines += [f"- {name}: {value}" for name, value in facts(meta).items()]
+    return "\n".join(lines) + "\n"

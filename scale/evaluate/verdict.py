@@ -1,0 +1,296 @@
+"""What an evaluation says in words: model against best baseline, per metric and per context.
+
+Claim metrics are fixed here, before any number is seen. A model is called better only where the
+interval of the paired difference over independent units (cell lines, donors) leaves out zero; the
+rest is told as it is: a count of contexts, and that it is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
+from scale.evaluate.statistics import MINIMUM_UNITS, t_interval
+from scale.plot.bars import CEILING, better_forms, number
+
+if TYPE_CHECKING:
+    from scale.evaluate.protocol import Evaluation
+
+_CLAIMS: tuple[tuple[str, ...], ...] = (
+    ("residual_pearson",),
+    ("retrieval_l2", "discrimination_score_l2", "discrimination_score_l1"),
+    ("energy_ratio", "energy_distance"),
+    ("overlap_at_N",),
+)
+_DESCRIPTIONS: tuple[tuple[str, ...], ...] = (
+    ("pearson_delta",),
+    ("precision_at_N",),
+    ("de_spearman_lfc_sig",),
+    ("mse",),
+)
+
+LABELS = {
+    "residual_pearson": "Residual correlation",
+    "residual_pearson_two_way": "Residual correlation, two-way",
+    "retrieval_l1": "Retrieval (L1)",
+    "retrieval_l2": "Retrieval (L2)",
+    "retrieval_cosine": "Retrieval (cosine)",
+    "retrieval_transposed": "Retrieval, transposed",
+    "discrimination_score_l1": "Discrimination (L1)",
+    "discrimination_score_l2": "Discrimination (L2)",
+    "discrimination_score_cosine": "Discrimination (cosine)",
+    "energy_ratio": "Energy distance ratio",
+    "energy_distance": "Energy distance",
+    "overlap_at_N": "DE gene overlap",
+    "precision_at_N": "DE gene precision",
+    "de_direction_match": "DE direction match",
+    "de_spearman_lfc_sig": "DE fold-change rank",
+    "de_sig_genes_recall": "DE gene recall",
+    "de_spearman_sig": "DE effect-size rank",
+    "pr_auc": "DE area under PR",
+    "roc_auc": "DE area under ROC",
+    "pearson_delta": "Correlation of change",
+    "mse": "Squared error",
+    "mae": "Absolute error",
+    "mse_delta": "Squared error of change",
+    "mae_delta": "Absolute error of change",
+}
+
+MEANINGS = {
+    "residual_pearson": "Pearson r over genes of the mean change, after the response that is "
+    "common to all perturbations has been taken off: what is particular to this perturbation",
+    "retrieval_l2": "how well the observed change is found again among all perturbations of the "
+    "context; 0.5 is chance",
+    "discrimination_score_l2": "rank of the right perturbation among all observed ones; about "
+    "0.5 is chance",
+    "discrimination_score_l1": "rank of the right perturbation among all observed ones; about "
+    "0.5 is chance",
+    "energy_ratio": "distance between predicted and observed cells as distributions, relative to "
+    "that of the control cells; 1 is no skill",
+    "energy_distance": "distance between predicted and observed cells as distributions, in "
+    "principal components",
+    "overlap_at_N": "share of the observed significant genes found among as many predicted ones",
+    "precision_at_N": "share of the predicted significant genes that are observed ones",
+    "de_spearman_lfc_sig": "Spearman rank correlation of log fold changes over the observed "
+    "significant genes",
+    "pearson_delta": "Pearson r over genes of the mean change against control; high for any "
+    "model where all perturbations share a response",
+    "mse": "mean squared error of mean expression",
+}
+
+Outcome = Literal["better", "worse", "open"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A model against the best baseline on one metric.
+
+    ``gain`` is positive where the model is better, whichever direction is good; ``low`` and
+    ``high`` are its t interval over independent units, NaN with fewer than three.
+    """
+
+    model: str
+    metric: str
+    is_claim: bool
+    value: float
+    better: str
+    baseline: str | None
+    baseline_form: str
+    baseline_value: float
+    ceiling: float
+    gain: float
+    low: float
+    high: float
+    num_units: int
+    num_units_better: int
+    num_conditions: int
+    unit_word: str = "contexts"
+
+    @property
+    def outcome(self) -> Outcome:
+        """Better or worse only where the interval leaves out zero."""
+        if np.isfinite(self.low) and self.low > 0:
+            return "better"
+        if np.isfinite(self.high) and self.high < 0:
+            return "worse"
+        return "open"
+
+
+def label_of(metric: str) -> str:
+    """Return a metric's name in words."""
+    return LABELS.get(metric, metric.replace("_", " "))
+
+
+def headline_metrics(aggregate: pd.DataFrame) -> list[str]:
+    """Return the metrics of the first table that the evaluation has, claim metrics first."""
+    present = set(aggregate.loc[aggregate["mean"].notna(), "metric"])
+    chosen = []
+    for choices in (*_CLAIMS, *_DESCRIPTIONS):
+        chosen += [name for name in choices if name in present][:1]
+    return chosen
+
+
+def is_claim(metric: str) -> bool:
+    """Return whether a metric was named beforehand as one that a claim may rest on."""
+    return any(metric in choices for choices in _CLAIMS)
+
+
+def form_of(aggregate: pd.DataFrame, method: str, metric: str) -> str | None:
+    """Return the better form of a method on one metric, None where it has no value."""
+    rows = better_forms(aggregate, metric)
+    return str(rows["form"].to_dict()[method]) if method in rows.index else None
+
+
+def unit_gains(
+    scores: pd.DataFrame,
+    metric: str,
+    model: tuple[str, str],
+    rival: tuple[str, str],
+    *,
+    better: str,
+) -> tuple[pd.Series, int]:
+    """Return the paired gain of ``model`` over ``rival`` per unit, and the conditions paired.
+
+    Differences are taken condition by condition, averaged in the context, then in the unit.
+    """
+    sides = []
+    for method, form in (model, rival):
+        rows = scores[
+            (scores["metric"] == metric) & (scores["method"] == method) & (scores["form"] == form)
+        ]
+        keys = ["unit", "context", "perturbation"]
+        sides.append(rows.assign(unit=rows["unit"].astype(str)).groupby(keys)["value"].mean())
+    gain = (sides[0] - sides[1]).dropna() * (1.0 if better == "higher" else -1.0)
+    by_context = gain.groupby(level=["unit", "context"]).mean()
+    return by_context.groupby(level="unit").mean(), len(gain)
+
+
+def unit_word(scores: pd.DataFrame) -> str:
+    """Return what an independent unit is called: a context, unless a unit holds several."""
+    one_each = scores.groupby("unit", observed=True)["context"].nunique().max() == 1
+    return "contexts" if one_each else "independent units"
+
+
+def compare(
+    evaluation: Evaluation, model: str, metric: str, baselines: Iterable[str]
+) -> Comparison | None:
+    """Return the comparison of a model with the best baseline on one metric, None if undefined."""
+    rows = better_forms(evaluation.aggregate, metric)
+    if model not in rows.index:
+        return None
+    means, forms = rows["mean"].to_dict(), rows["form"].to_dict()
+    better = str(rows["better"].iloc[0])
+    sign = 1.0 if better == "higher" else -1.0
+    rivals = [name for name in baselines if name in means]
+    best = max(rivals, key=lambda name: sign * means[name]) if rivals else None
+    gains, num_conditions = pd.Series(dtype=np.float64), 0
+    if best is not None:
+        gains, num_conditions = unit_gains(
+            evaluation.scores,
+            metric,
+            (model, str(forms[model])),
+            (best, str(forms[best])),
+            better=better,
+        )
+    values = gains.to_numpy(np.float64)
+    interval = t_interval(values)
+    return Comparison(
+        model=model,
+        metric=metric,
+        is_claim=is_claim(metric),
+        value=float(means[model]),
+        better=better,
+        baseline=best,
+        baseline_form="" if best is None else str(forms[best]),
+        baseline_value=float("nan") if best is None else float(means[best]),
+        ceiling=float(means.get(CEILING, float("nan"))),
+        gain=interval.mean,
+        low=interval.low,
+        high=interval.high,
+        num_units=int(values.size),
+        num_units_better=int((values > 0).sum()),
+        num_conditions=num_conditions,
+        unit_word=unit_word(evaluation.scores),
+    )
+
+
+def sentence(comparison: Comparison) -> str:
+    """Return a comparison in words."""
+    c = comparison
+    if c.baseline is None:
+        text = f"{number(c.value)}; no baseline was scored, so nothing can be claimed."
+    else:
+        rival = f"{c.baseline.replace('_', ' ')}, {number(c.baseline_value)}"
+        units = f"{c.num_units_better} of {c.num_units} {c.unit_word}"
+        gain = _signed(c.gain)
+        interval = f" [{_signed(c.low)}, {_signed(c.high)}]" if np.isfinite(c.low) else ""
+        head = {
+            "better": f"better than the best baseline ({rival}) in {units}",
+            "worse": f"worse than the best baseline ({rival}), better in {units}",
+            "open": f"not told apart from the best baseline ({rival}): better in {units}",
+        }[c.outcome]
+        if c.num_units < MINIMUM_UNITS:
+            side = "ahead of" if c.gain > 0 else "behind"
+            head = f"{side} the best baseline ({rival}): better in {units}"
+        text = f"{number(c.value)}, {head}, paired gain {gain}{interval}."
+        if c.num_units < MINIMUM_UNITS:
+            text += f" {MINIMUM_UNITS} {c.unit_word} are needed for an interval."
+    if np.isfinite(c.ceiling):
+        text += f" A repeated experiment reaches {number(c.ceiling)}."
+        sign = 1.0 if c.better == "higher" else -1.0
+        if c.baseline is not None and sign * (c.ceiling - c.baseline_value) <= 0:
+            text += " The baseline is already there: this metric cannot rank models here."
+    return text
+
+
+def _signed(value: float) -> str:
+    return f"{'-' if value < 0 else '+'}{number(abs(value))}"
+
+
+def short_verdict(comparison: Comparison) -> str:
+    """Return a comparison in one or two words."""
+    if comparison.baseline is None:
+        return "no baseline"
+    words = {"better": "above", "worse": "below", "open": "open"}
+    return words[comparison.outcome]
+
+
+def collapse_sentence(model: str, facts: dict[str, object]) -> str:
+    """Return the mean-collapse verdict of a model in words."""
+    verdict = str(facts.get("verdict", "unknown"))
+    parts = []
+    for name, words in (
+        (
+            "spread_ratio",
+            "spread of the predicted responses over perturbations is {} of the "
+            "observed (noise taken out)",
+        ),
+        ("within_variance_ratio", "variance within a predicted set is {} of the observed"),
+    ):
+        value = facts.get(name)
+        if isinstance(value, int | float) and np.isfinite(value):
+            parts.append(words.format(number(float(value))))
+    return f"{model}: {verdict}" + (f"; {'; '.join(parts)}." if parts else ".")
+
+
+def banners(evaluation: Evaluation, baselines: Sequence[str]) -> list[str]:
+    """Return what a reader must know before any number."""
+    lines = []
+    num_units = evaluation.scores["unit"].nunique()
+    if num_units == 1:
+        lines.append(
+            "One independent unit only: the scores say nothing about another cell line or donor."
+        )
+    elif num_units < MINIMUM_UNITS:
+        lines.append(f"{num_units} independent units only: no intervals can be given.")
+    if not baselines:
+        lines.append("No baseline was scored (no training cells were given): no claim is possible.")
+    if CEILING not in set(evaluation.scores["method"]):
+        lines.append("No ceiling was computed: how far a repeated experiment gets is not known.")
+    lines += [str(text) for text in evaluation.meta.get("warnings", [])]
+    lines.append("One trained model per method: the variance over training seeds is not covered.")
+    return lines
