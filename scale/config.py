@@ -17,7 +17,11 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from scale.overrides import check_keys, explain
 
 
 def _check(condition: bool, message: str) -> None:  # noqa: FBT001
@@ -726,8 +730,21 @@ def register() -> None:
 
 
 def to_dataclass(config: DictConfig) -> Any:
-    """Return the checked root dataclass of a composed config; runs every ``__post_init__``."""
-    return OmegaConf.to_object(config)
+    """Return the checked root dataclass of a composed config; runs every ``__post_init__``.
+
+    Raises
+    ------
+    ValueError
+        If a setting is missing or has a wrong value.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        values = "values" if len(missing) > 1 else "value"
+        raise ValueError(f"missing mandatory {values}: {', '.join(missing)}")
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error)) from error
 
 
 def to_yaml(config: Any) -> str:
@@ -759,14 +776,22 @@ def compose(task: str, overrides: Sequence[str] = (), *, run_dir: Path | str) ->
     run_dir
         The run's directory (the command line takes it from Hydra).
 
+    Raises
+    ------
+    ValueError
+        If a key is no setting, an option does not exist, or a value is missing or wrong.
+
     Examples
     --------
     >>> compose("pretrain", ["trainer.max_steps=5"], run_dir="runs/mine").trainer.max_steps
     5
     """
     register()
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        config = hydra_compose(
-            task, overrides=[*overrides, f"run_dir={run_dir}", "name=" + Path(run_dir).name]
-        )
+    given = [*overrides, f"run_dir={run_dir}", f"name={Path(run_dir).name}"]
+    given = check_keys(SCHEMAS[task], given)
+    try:
+        with initialize_config_dir(str(config_dir()), version_base=None):
+            config = hydra_compose(task, overrides=given)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
     return to_dataclass(config)
