@@ -7,14 +7,13 @@ versions. Numba turns uint64 mixed with int64 into float64, therefore every cons
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from scale.data.codec import CHUNK_CELLS, compiled
+
 Integers = npt.NDArray[np.int64]
 
-CHUNK_CELLS = 64
-"""Cells per chunk of a store; the slots of the circle of a condition."""
 LARGEST_SORTED = 4096
 """Up to here an order is sorted from hashes: the Feistel network is skewed on tiny domains."""
 
@@ -26,7 +25,7 @@ _ROW_SALT = np.uint64(0xC0FFEE)
 _LARGEST = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def mix(x: np.uint64) -> np.uint64:
     """Return splitmix64 of ``x``, as :func:`scale.runtime.mix64` does."""
     x = x + _ADD
@@ -35,7 +34,7 @@ def mix(x: np.uint64) -> np.uint64:
     return x ^ (x >> _U31)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def derive_key(seed: np.uint64, purpose: int, epoch: int, condition: int, draw: int) -> np.uint64:
     """Return ``runtime.derive(seed, purpose, epoch, condition, draw)``."""
     key = mix(seed)
@@ -45,7 +44,7 @@ def derive_key(seed: np.uint64, purpose: int, epoch: int, condition: int, draw: 
     return mix(key ^ np.uint64(draw))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _argsort_hashes(hashes_N: npt.NDArray[np.uint64], bound: np.uint64) -> Integers:
     """Return the order of distinct hashes spread evenly over 0..bound.
 
@@ -56,7 +55,7 @@ def _argsort_hashes(hashes_N: npt.NDArray[np.uint64], bound: np.uint64) -> Integ
     bucket_N = np.empty(n, np.int64)
     begin = np.zeros(n + 1, np.int64)
     for i in range(n):
-        bucket_N[i] = min(np.int64(np.float64(hashes_N[i]) * scale), n - 1)
+        bucket_N[i] = min(int(np.float64(hashes_N[i]) * scale), n - 1)
         begin[bucket_N[i] + 1] += 1
     for i in range(n):
         begin[i + 1] += begin[i]
@@ -74,7 +73,7 @@ def _argsort_hashes(hashes_N: npt.NDArray[np.uint64], bound: np.uint64) -> Integ
     return order_N
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def sorted_order(n: int, key: np.uint64) -> Integers:
     """Return 0..n-1 sorted by hash; no two hashes are equal, mix is a bijection."""
     hashes_N = np.empty(n, np.uint64)
@@ -83,8 +82,8 @@ def sorted_order(n: int, key: np.uint64) -> Integers:
     return _argsort_hashes(hashes_N, _LARGEST)
 
 
-@numba.njit(cache=True, nogil=True)
-def feistel(i: int, n: int, key: np.uint64) -> int:
+@compiled
+def feistel(i: int, n: int, key: np.uint64) -> np.int64:
     """Return the image of ``i`` under a keyed bijection of 0..n-1 (8 unbalanced rounds)."""
     one = np.uint64(1)
     bits = 2
@@ -105,7 +104,7 @@ def feistel(i: int, n: int, key: np.uint64) -> int:
             return np.int64(x)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def feistel_many(index_N: Integers, n: int, key: np.uint64) -> Integers:
     """Return :func:`feistel` of every index."""
     out_N = np.empty_like(index_N)
@@ -114,7 +113,7 @@ def feistel_many(index_N: Integers, n: int, key: np.uint64) -> Integers:
     return out_N
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _smallest(n: int, need: int, key: np.uint64) -> Integers:
     """Return at least the ``need`` first of ``sorted_order(n, key)``, in that order.
 
@@ -132,13 +131,13 @@ def _smallest(n: int, need: int, key: np.uint64) -> Integers:
             value = mix(key ^ np.uint64(i))
             index_N[count] = i
             hashes_N[count] = value
-            count += np.int64(value <= bound)
+            count += int(value <= bound)
         if count >= need or everything:
             return index_N[:count][_argsort_hashes(hashes_N[:count], bound)]
         wanted *= 2.0
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def draw_distinct(n: int, key: np.uint64, taken_M: Integers, out_N: Integers) -> None:
     """Fill ``out_N`` with the first members of a keyed order of 0..n-1 that are not taken.
 
@@ -157,7 +156,7 @@ def draw_distinct(n: int, key: np.uint64, taken_M: Integers, out_N: Integers) ->
     sorted_M = np.sort(taken_M)
     position = 0
     while found < wanted:
-        candidate = feistel(position, n, key)
+        candidate = int(feistel(position, n, key))
         position += 1
         at = np.searchsorted(sorted_M, candidate)
         if at == len(sorted_M) or sorted_M[at] != candidate:
@@ -165,7 +164,7 @@ def draw_distinct(n: int, key: np.uint64, taken_M: Integers, out_N: Integers) ->
             found += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def cells_on_circle(n: int, first_slot: int, key: np.uint64, row_N: Integers) -> None:
     """Fill ``row_N`` with the next present cells of a condition of ``n`` cells after a slot.
 
@@ -182,7 +181,7 @@ def cells_on_circle(n: int, first_slot: int, key: np.uint64, row_N: Integers) ->
     skip = first_slot % CHUNK_CELLS
     while filled < wanted:
         place = at % num_chunks
-        chunk = order[place] if is_sorted else feistel(place, num_chunks, key)
+        chunk = int(order[place] if is_sorted else feistel(place, num_chunks, key))
         present = min(CHUNK_CELLS, n - chunk * CHUNK_CELLS)
         count = min(max(present - skip, 0), wanted - filled)
         base = chunk * CHUNK_CELLS

@@ -17,12 +17,12 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from scale.config import DataConfig, MatchBatch, ShortSets, Weighting
+from scale.data.codec import compiled
 from scale.data.draws import (
     LARGEST_SORTED,
     Integers,
@@ -196,7 +196,7 @@ class SetPlan:
         self._entry = entry
         self._is_control = np.arange(len(entry)) >= len(target)
         self._cells, self._passes, self._pool = cells, passes, pool_of_entry
-        self._repeat = config.short is ShortSets.repeat
+        self.has_repeats = config.short is ShortSets.repeat
         self._keyed = lru_cache(maxsize=2)(_small_epoch_order)
 
     @property
@@ -240,7 +240,7 @@ class SetPlan:
         entry_B = np.searchsorted(self._start, slot_B, side="right") - 1
         count_B3 = np.zeros((len(slot_B), 3), np.int64)
         _fill_block(
-            (np.uint64(self.seed & (2**64 - 1)), self.shuffle, self._repeat),
+            (np.uint64(self.seed & (2**64 - 1)), self.shuffle, self.has_repeats),
             (self._entry, self._is_control, self._cells, self._passes, self._pool, self._start),
             (self.pools.begin, self.pools.member, self.pools.first_cell, self.pools.size),
             (epoch_B, slot_B, entry_B),
@@ -358,7 +358,7 @@ def _refuse(uncovered: dict[str, None], fell_back: dict[str, None], config: Data
 # --- the kernel ---------------------------------------------------------------------------------
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _shares(available: int, want_3: Integers) -> Integers:
     """Divide a pool over three disjoint draws: all they want, else as evenly as they want."""
     share_3 = np.zeros(3, np.int64)
@@ -374,7 +374,7 @@ def _shares(available: int, want_3: Integers) -> Integers:
     return share_3
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _repeat_rows(condition_N: Integers, row_N: Integers, count: int, key: np.uint64) -> int:
     """Fill the rest of a draw by keyed repeats of its own cells."""
     for i in range(count, len(row_N)):
@@ -384,7 +384,7 @@ def _repeat_rows(condition_N: Integers, row_N: Integers, count: int, key: np.uin
     return len(row_N)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _locate(cell_N: Integers, pool: Arrays, condition_N: Integers, row_N: Integers) -> None:
     """Turn numbers of cells within a pool into control conditions and rows."""
     member_M, first_cell_M = pool
@@ -394,7 +394,7 @@ def _locate(cell_N: Integers, pool: Arrays, condition_N: Integers, row_N: Intege
         row_N[i] = cell_N[i] - first_cell_M[m]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _fill_block(
     settings: Arrays, entries: Arrays, pools: Arrays, sets: Arrays, out: Arrays
 ) -> None:
