@@ -88,9 +88,9 @@ def _rows(context, perturbations, quality, observed, generator):
                 "num_significant_observed": int(significant[place]),
             }
             good = share * hardness[place] + generator.normal(0, 0.04)
-            values = {name: good for name in HIGHER}
+            values = dict.fromkeys(HIGHER, good)
             values["retrieval_l2"] = min(1.0, 0.5 + 0.5 * max(0.0, good))
-            values.update({name: 1.0 - good for name in LOWER})
+            values.update(dict.fromkeys(LOWER, 1.0 - good))
             values["de_nsig_counts_real"] = float(significant[place])
             values["de_nsig_counts_pred"] = float(round(significant[place] * share))
             rows += [{**base, "metric": name, "value": value} for name, value in values.items()]

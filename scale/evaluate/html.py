@@ -25,7 +25,7 @@ h2 { font-size:1.25rem; margin:2.6em 0 .7em; padding-top:1.1em; border-top:1px s
 h3 { font-size:1rem; margin:1.7em 0 .5em; font-weight:620; }
 p { margin:.5em 0; max-width:76ch; }
 code { font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
-.verdicts { display:grid; grid-template-columns:repeat(auto-fit,minmax(330px,1fr)); gap:14px; }
+.verdicts { display:grid; grid-template-columns:repeat(auto-fit,minmax(430px,1fr)); gap:14px; }
 .verdict { border:1px solid var(--rule); border-left:4px solid #9aa3af; border-radius:8px;
   padding:12px 16px 13px; }
 .verdict.better { border-left-color:var(--good); } .verdict.worse { border-left-color:var(--bad); }
@@ -38,7 +38,10 @@ code { font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
   white-space:nowrap; }
 .better .chip { background:#def3ec; color:var(--good); }
 .worse .chip { background:#fbe7dc; color:var(--bad); }
+.lead { font-size:1.12rem; line-height:1.5; margin:.2em 0 1.1em; }
 .quiet { color:var(--quiet); font-size:.86rem; }
+.points { margin:.6em 0; padding-left:1.2em; font-size:.94rem; } .points li { margin:.3em 0; }
+.points b { font-weight:620; }
 .notes { list-style:none; margin:1em 0 0; padding:0; }
 .notes li { background:var(--faint); border-radius:6px; padding:.5em .9em; margin:.4em 0;
   font-size:.92rem; }
@@ -60,7 +63,7 @@ tbody tr.first td, tbody tr.first th { border-top:1.5px solid #b9c1cb; }
 tbody tr.ceiling { color:#465160; font-style:italic; }
 td small { display:block; color:var(--quiet); font-size:.8em; white-space:nowrap; }
 td.best { background:#e6f1f9; font-weight:650; }
-td.best::after { content:" \\2022"; color:var(--blue); }
+td.best::before { content:"\\2022\\00a0"; color:var(--blue); }
 td.best small { font-weight:400; }
 figure { margin:1.6em 0 2.6em; }
 figure h3 { margin:0 0 .3em; }
@@ -145,6 +148,18 @@ def verdict(*, title: str, chip: str, outcome: str, text: str, small: str = "") 
 def heading(text: str) -> str:
     """Return a heading inside a section."""
     return f"<h3>{escape(text)}</h3>"
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """Return a paragraph."""
+    attribute = f' class="{escape(kind)}"' if kind else ""
+    return f"<p{attribute}>{escape(text)}</p>"
+
+
+def points(items: Iterable[tuple[str, str]]) -> str:
+    """Return a list of lines: (first words, the rest)."""
+    lines = [f"<li><b>{escape(head)}</b> {escape(rest)}</li>" for head, rest in items]
+    return f'<ul class="points">{"".join(lines)}</ul>'
 
 
 def cards(items: Iterable[str]) -> str:

@@ -12,12 +12,13 @@ from scale.evaluate import html
 from scale.evaluate.findings import Findings
 from scale.evaluate.html import Cell, Row
 from scale.evaluate.pictures import Picture, Subject
-from scale.evaluate.text import facts
+from scale.evaluate.text import facts, left_out
 from scale.evaluate.verdict import (
     MEANINGS,
     banners,
     collapse_sentence,
     label_of,
+    overall,
     sentence,
     short_verdict,
 )
@@ -50,7 +51,7 @@ def build(
         "scores": ("Scores", _scores(findings)),
         "figures": ("Figures", figures or "<p>No figure could be drawn.</p>"),
         "conditions": ("Best and worst conditions", _conditions(subject)),
-        "left-out": (f"Left out: {len(findings.excluded)} conditions", _excluded(findings)),
+        "left-out": (left_out(len(findings.excluded)), _excluded(findings)),
         "made": ("How it was made", html.facts(facts(meta))),
     }
     return html.page(
@@ -65,18 +66,28 @@ def _verdict(findings: Findings) -> str:
     for model, comparisons in findings.comparisons.items():
         if len(findings.models) > 1:
             parts.append(html.heading(model))
+        parts.append(html.paragraph(_capital(overall(model, comparisons)), "lead"))
         parts.append(
             html.cards(
                 html.verdict(
-                    title=f"{label_of(c.metric)} {arrow(c.better)}",
+                    title=f"{label_of(c.metric)}\N{NO-BREAK SPACE}{arrow(c.better)}",
                     chip=short_verdict(c),
                     outcome=c.outcome,
-                    text=sentence(c),
-                    small=MEANINGS.get(c.metric, ""),
+                    text=_capital(sentence(c)),
+                    small=_capital(MEANINGS.get(c.metric, "")),
                 )
                 for c in comparisons
+                if c.is_claim
             )
         )
+        others = [c for c in comparisons if not c.is_claim]
+        if others:
+            parts.append(html.paragraph("Not claim metrics, for description:", "quiet"))
+            parts.append(
+                html.points(
+                    (f"{label_of(c.metric)} {arrow(c.better)}", sentence(c)) for c in others
+                )
+            )
     lines = []
     for model in findings.models:
         collapse = findings.evaluation.collapse.get(model, {})
@@ -87,12 +98,19 @@ def _verdict(findings: Findings) -> str:
     return "".join(parts) + html.notes(lines)
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 _ALARMS = ("COLLAPSED", "SHRUNK", "OVER-DISPERSED", "CONTROL COPY")
 
 
 def _scores(findings: Findings) -> str:
     columns = [("", "")]
-    columns += [(f"{label_of(m)} {arrow(findings.better(m))}", m) for m in findings.headline]
+    columns += [
+        (f"{label_of(m)}\N{NO-BREAK SPACE}{arrow(findings.better(m))}", m)
+        for m in findings.headline
+    ]
     rows = []
     previous = "model"
     for line in findings.lines:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from scale.evaluate.findings import Findings
-from scale.evaluate.verdict import banners, collapse_sentence, label_of, sentence
+from scale.evaluate.verdict import banners, collapse_sentence, label_of, overall, sentence
 from scale.plot.bars import arrow, number
 
 MOST_EXCLUDED = 40
@@ -55,6 +55,11 @@ def full_table(findings: Findings) -> str:
     return columns(rows)
 
 
+def left_out(count: int) -> str:
+    """Return the heading over the conditions that were left out."""
+    return f"Left out: {count:,} condition{'' if count == 1 else 's'}"
+
+
 def facts(meta: Mapping[str, Any]) -> dict[str, str]:
     """Return what is known about the making of a report, each as one text."""
     known: dict[str, str] = {}
@@ -83,6 +88,7 @@ def markdown(findings: Findings, *, title: str, subtitle: str, meta: Mapping[str
     """Return the whole report as text."""
     lines = [f"# {title}", "", subtitle, "", "## Verdict", ""]
     for model, comparisons in findings.comparisons.items():
+        lines += [overall(model, comparisons), ""]
         for c in comparisons:
             head = label_of(c.metric) if len(findings.models) == 1 else f"{model}, {c.metric}"
             lines.append(f"- {head}: {sentence(c)}")
@@ -98,7 +104,7 @@ def markdown(findings: Findings, *, title: str, subtitle: str, meta: Mapping[str
         "",
         full_table(findings),
         "",
-        f"## Left out: {len(findings.excluded)} conditions",
+        f"## {left_out(len(findings.excluded))}",
         "",
     ]
     if len(findings.excluded):

@@ -255,8 +255,28 @@ def short_verdict(comparison: Comparison) -> str:
     """Return a comparison in one or two words."""
     if comparison.baseline is None:
         return "no baseline"
-    words = {"better": "above", "worse": "below", "open": "open"}
-    return words[comparison.outcome]
+    if comparison.num_units < MINIMUM_UNITS:
+        return "no interval"
+    return {"better": "better", "worse": "worse", "open": "not told apart"}[comparison.outcome]
+
+
+def overall(model: str, comparisons: Sequence[Comparison]) -> str:
+    """Return the verdict over the claim metrics in one sentence."""
+    claims = [c for c in comparisons if c.is_claim and c.baseline is not None]
+    if not claims:
+        return f"{model}: no baseline was scored on a claim metric, so nothing can be claimed."
+    counted = {
+        outcome: sum(c.outcome == outcome for c in claims) for outcome in ("better", "worse")
+    }
+    total = f"{len(claims)} claim metric{'s' if len(claims) != 1 else ''}"
+    if max(c.num_units for c in claims) < MINIMUM_UNITS:
+        ahead = sum(c.gain > 0 for c in claims)
+        return (
+            f"{model} is ahead of the best baseline on {ahead} of {total}; with fewer than "
+            f"{MINIMUM_UNITS} independent units none of this is established."
+        )
+    text = f"{model} beats the best baseline on {counted['better']} of {total}"
+    return f"{text} and is beaten on {counted['worse']}." if counted["worse"] else f"{text}."
 
 
 def collapse_sentence(model: str, facts: dict[str, object]) -> str:

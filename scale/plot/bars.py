@@ -153,7 +153,8 @@ def _bar(ax: Axes, place: int, method: str, values: Sequence[float], colour: str
         va="center",
         fontsize=SMALL_POINTS - 1,
         color=INK,
-        bbox={"boxstyle": "round,pad=0.1", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.75},
+        zorder=5,
+        bbox={"boxstyle": "round,pad=0.12", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.9},
     )
 
 
@@ -179,12 +180,18 @@ def score_panels(
     height = num_rows * (0.75 + 0.27 * num_methods)
     figure = new_figure(11.2, height)
     axes = figure.subplots(num_rows, columns, squeeze=False)
+    names: list[str] = []
     for place, ax in enumerate(axes.flat):
         if place >= len(metrics):
             ax.set_axis_off()
             continue
         metric = metrics[place]
         scores(aggregate, metric, colours=colours, label=labels.get(metric, metric), ax=ax)
+        # names once per row, where the panels of a row have the same methods
+        if place % columns == 0:
+            names = [text.get_text() for text in ax.get_yticklabels()]
+        elif names == [text.get_text() for text in ax.get_yticklabels()]:
+            ax.set_yticklabels([])
     return figure
 
 
@@ -267,7 +274,7 @@ def dumbbells(
     if others:
         rival = series[others[0]].reindex(ranked.index).to_numpy(np.float64)
         ax.vlines(place, ranked.to_numpy(), rival, color="#c3cad3", linewidth=1.3, zorder=1)
-    size = 34 if len(ranked) <= _NAMED_CONDITIONS else 12
+    size = 34 if len(ranked) <= _NAMED_CONDITIONS else 22
     for method in [*reversed(others), first]:
         values = series[method].reindex(ranked.index).to_numpy(np.float64)
         hollow = method == CEILING
@@ -319,12 +326,19 @@ def counts(
         ax.scatter(x, y, s=24, color=colour, alpha=0.75, edgecolors=PAPER, linewidths=0.4)
         ratio = y.sum() / x.sum() if x.sum() > 0 else float("nan")
         handles.append(dot(colour, f"{method.replace('_', ' ')} ({number(ratio)} ×)"))
+    lowest = min((float(v.min()) for v in [observed, *predicted.values()] if len(v)), default=0.0)
     limit = top * 1.5
     ax.plot([0, limit], [0, limit], color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
-    for set_scale, set_limit in ((ax.set_xscale, ax.set_xlim), (ax.set_yscale, ax.set_ylim)):
-        set_scale("symlog", linthresh=1.0)
-        set_limit(-0.3, limit)
-    ticks = [0] + [10**k for k in range(6) if 10**k <= limit]
+    if lowest > 0:
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+    else:  # zero has a place of its own
+        ax.set_xscale("symlog", linthresh=1.0)
+        ax.set_yscale("symlog", linthresh=1.0)
+    low = 0.7 * lowest if lowest > 0 else -0.3
+    ax.set_xlim(low, limit)
+    ax.set_ylim(low, limit)
+    ticks = [t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if lowest <= t <= limit]
     words = [f"{t:,}" for t in ticks]
     ax.set_xticks(ticks, words)
     ax.set_yticks(ticks, words)

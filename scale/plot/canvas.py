@@ -17,13 +17,12 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-__all__ = ["Axes", "Figure", "Line2D", "LogNorm", "Normalize", "Patch"]
+__all__ = ["Axes", "Figure", "Line2D", "Normalize", "NullFormatter"]
 
 INK = "#26303d"
 QUIET = "#6b7684"
@@ -96,6 +95,7 @@ def tidy(ax: Axes, *, grid: str | None = None, title: str | None = None) -> None
     for side in ("left", "bottom"):
         ax.spines[side].set_color(RULE)
     ax.tick_params(colors=QUIET, labelsize=SMALL_POINTS, length=3, width=0.7)
+    ax.tick_params(which="minor", colors=QUIET, labelsize=SMALL_POINTS - 1, length=2, width=0.5)
     for label in (ax.xaxis.label, ax.yaxis.label):
         label.set_color(INK)
         label.set_fontsize(LABEL_POINTS)
@@ -120,6 +120,19 @@ def key(ax: Axes, handles: Sequence[Any] | None = None, **options: Any) -> None:
         ax.legend(**settings)
     else:
         ax.legend(handles=list(handles), **settings)
+
+
+def figure_key(figure: Figure, handles: Sequence[Any]) -> None:
+    """Draw one legend for all panels, below them."""
+    figure.legend(
+        handles=list(handles),
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=SMALL_POINTS + 0.5,
+        labelcolor=INK,
+        handlelength=1.2,
+    )
 
 
 def dot(colour: str, label: str, *, hollow: bool = False, size: float = 5.5) -> Line2D:

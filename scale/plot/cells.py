@@ -230,7 +230,7 @@ def effect(
     for name in others:
         values = changes[name].reindex(ranked.index).to_numpy(np.float64)
         ax.scatter(
-            values, rows, s=30, color=colours[name], edgecolors=PAPER, linewidths=0.5, zorder=3
+            values, rows, s=30, color=colours[name], edgecolors=INK, linewidths=0.35, zorder=3
         )
     ax.axvline(0, color=QUIET, linewidth=0.8)
     ax.set_yticks(rows, [str(g) for g in ranked.index])
@@ -329,6 +329,7 @@ def embedding(
     shares: Floats | None = None,
     colours: Mapping[str, str] | None = None,
     title: str | None = None,
+    with_key: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw control, observed and predicted cells in the plane of their first two components.
@@ -344,6 +345,8 @@ def embedding(
     coordinates, shares
         Of every cell of ``cells``, to draw several views of one plane; None = computed here from
         the cells shown.
+    with_key
+        Whether to draw a legend into the axes.
     """
     ax = new_axes(ax, width=3.8, height=3.6)
     role = cells.obs["role"].astype(str).to_numpy()
@@ -368,7 +371,7 @@ def embedding(
             continue
         x, y = coordinates[rows].T
         ax.scatter(x, y, s=size, color=colour, alpha=alpha, linewidths=0, zorder=len(handles) + 1)
-        handles.append(dot(colour, f"{name} ({int(rows.sum())} cells)"))
+        handles.append(dot(colour, name))
     suffix = ["" if shares is None else f" ({shares[i]:.0%} of variance)" for i in range(2)]
     ax.set_xlabel(f"PC 1{suffix[0]}")
     ax.set_ylabel(f"PC 2{suffix[1]}")
@@ -376,5 +379,6 @@ def embedding(
     ax.set_xticks([])
     ax.set_yticks([])
     ax.margins(0.06)
-    key(ax, handles, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, columnspacing=1.0)
+    if with_key:
+        key(ax, handles, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
     return ax

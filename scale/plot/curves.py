@@ -14,6 +14,7 @@ from scale.plot.canvas import (
     Axes,
     Figure,
     Line2D,
+    NullFormatter,
     few_ticks,
     key,
     new_axes,
@@ -97,7 +98,8 @@ def training(
             ax.plot(step, value, color=colour, linewidth=1.4, marker="o", markersize=3.5)
         else:
             ax.plot(step, value, color=colour, linewidth=0.7, alpha=0.3)
-            smooth = pd.Series(value).ewm(span=max(5, len(value) // 15)).mean()
+            window = max(3, len(value) // 12)
+            smooth = pd.Series(value).rolling(window, center=True, min_periods=1).mean()
             ax.plot(step, smooth.to_numpy(), color=colour, linewidth=1.7)
         text = (labels or {}).get(name, name.replace("/", " ").replace("_", " "))
         handles.append(Line2D([], [], color=colour, linewidth=1.7, label=text))
@@ -112,11 +114,14 @@ def training(
 
 
 def _scale_of_values(ax: Axes, table: pd.DataFrame) -> None:
-    """Logarithmic where everything is positive and spans more than a decade."""
+    """Logarithmic where all are training losses, positive, over more than a decade."""
+    if not all(str(name).startswith("train/") for name in table.columns):
+        return
     values = table.to_numpy(np.float64)
     values = values[np.isfinite(values)]
     if values.size and values.min() > 0 and values.max() / values.min() > 10:
         ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def training_panels(metrics: pd.DataFrame) -> Figure | None:

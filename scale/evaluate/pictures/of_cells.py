@@ -17,7 +17,7 @@ from scale.evaluate.pictures.subject import (
 )
 from scale.evaluate.verdict import label_of
 from scale.plot.bars import number
-from scale.plot.canvas import new_figure
+from scale.plot.canvas import dot, figure_key, new_figure
 from scale.plot.cells import (
     delta,
     distribution,
@@ -155,15 +155,23 @@ def draw_cells(subject: Subject) -> list[Picture]:
             shares=shares if context is None else None,
             colours=subject.colours,
             title=title if len(subject.models) == 1 else f"{method}: {title}",
+            with_key=False,
             ax=ax,
         )
+    drawn = list(dict.fromkeys(method for method, _ in views))
+    handles = [dot(subject.colours[name], name, size=6.5) for name in ("control", "observed")]
+    handles += [
+        dot(subject.colours[m], "predicted" if len(drawn) == 1 else f"predicted by {m}", size=6.5)
+        for m in drawn
+    ]
+    figure_key(figure, handles)
     return [
         picture_of(
             "cells",
             "Cells in the plane of their first two principal components",
             "A seeded sample of control, observed and predicted cells. Where the prediction is "
-            "good, blue lies on orange and not on grey; a prediction that is one tight dot has "
-            "lost the variety of cells.",
+            "good, its cells lie on observed ones and not on control cells; one that is a tight dot "
+            "has lost the variety of cells.",
             f"Principal components of {cells.n_obs} sampled control, observed and predicted cells.",
             figure,
         ),
