@@ -747,6 +747,11 @@ def to_dataclass(config: DictConfig) -> Any:
         raise ValueError(explain(error)) from error
 
 
+def check(config: Any) -> Any:
+    """Return a copy of a settings dataclass made in Python, with every check run."""
+    return to_dataclass(OmegaConf.structured(config))
+
+
 def to_yaml(config: Any) -> str:
     """Return a settings dataclass as yaml, as ``config.yaml`` of a run holds it."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -56,8 +56,8 @@ TASKS: dict[str, TaskHelp] = {
     "prepare": TaskHelp(
         "h5ad files (or simulated cells) into a store, the form training reads",
         "Reads counts, picks genes, groups the cells by what was done to them, and writes a "
-        "compact, checksummed store. The matrix must hold counts, or log1p values from which they can be "
-        "recovered exactly. Cells it cannot use are counted and reported by reason.",
+        "compact, checksummed store. The matrix must hold counts, or log1p values from which "
+        "they can be recovered exactly. Cells it cannot use are counted and reported by reason.",
         (
             Setting("source", "synthetic", "synthetic (no file needed) or h5ad"),
             Setting("source.files", "[]", "path or pattern of the h5ad files, or a list"),
