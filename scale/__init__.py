@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 # `scale.evaluate` is a package and a function. The package is imported first (its __init__ is only
 # a docstring), because an import that came later would replace the function by the package.
-import scale.evaluate
+import scale.evaluate  # noqa: F401
 
 if TYPE_CHECKING:
     from anndata import AnnData
