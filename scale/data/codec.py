@@ -125,7 +125,14 @@ class CsrCounts:
 
     @classmethod
     def concatenate(cls, parts: Sequence[CsrCounts]) -> CsrCounts:
-        """Return the cells of all parts, one part after the other."""
+        """Return the cells of all parts, one part after the other; codes only if all have them."""
+        if not parts:
+            return cls(
+                np.zeros(1, np.int64),
+                np.empty(0, np.int32),
+                np.empty(0, np.uint32),
+                np.empty(0, np.uint32),
+            )
         codes = [p.batch_code_N for p in parts if p.batch_code_N is not None]
         return cls(
             _pointer(np.concatenate([np.diff(p.indptr_P) for p in parts])),

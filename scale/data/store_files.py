@@ -1,0 +1,184 @@
+"""The files of a store: names, manifest with its hashes, index entry, open shards.
+
+Apart from ``store.py`` because the read and the write side share it, and neither the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scale.data.codec import CHUNK_CELLS, KIND_COUNTS
+from scale.types import StoreError
+
+SCHEMA = "scale-store"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+CHUNK_DTYPE = np.dtype(
+    [
+        ("condition", "<u4"),
+        ("shard", "<u2"),
+        ("num_cells", "<u2"),
+        ("offset", "<u8"),
+        ("length", "<u4"),
+        ("crc32", "<u4"),
+        ("num_nonzero", "<u4"),
+        ("reserved", "<u4"),
+    ]
+)
+SHARD_HEAD = struct.Struct("<4sHHQ")
+SHARD_MAGIC = b"SCLS"
+CONTROL_SHARD = "shards/control-"
+TREATED_SHARD = "shards/treated-"
+
+_BLOCK = 1 << 20
+
+
+# --- the manifest -------------------------------------------------------------------------------
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """Return the manifest as text that carries its own sha256, computed over zeros in its place."""
+    empty = json.dumps({**manifest, "sha256": "0" * 64}, indent=1, allow_nan=False) + "\n"
+    digest = sha256(empty.encode()).hexdigest()
+    return empty.replace(f'"sha256": "{"0" * 64}"', f'"sha256": "{digest}"').encode()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a store; StoreError if there is none, or it is damaged or newer."""
+    file = path / MANIFEST
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        partial = path.with_name(path.name + ".partial")
+        hint = f"; {partial} is unfinished, run prepare again" if partial.exists() else ""
+        raise StoreError(f"{path} is no store: it has no {MANIFEST}{hint}") from error
+    damaged = f"{file} is damaged; restore it from a copy, or run prepare again"
+    try:
+        manifest = json.loads(raw)
+        digest = str(manifest["sha256"])
+        found, version = manifest["schema"], manifest["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(damaged) from error
+    if found != SCHEMA or version != SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} is a {found} of version {version}, made by {manifest.get('created_by')}; "
+            f"this version reads {SCHEMA} {SCHEMA_VERSION}: update the package"
+        )
+    zeroed = raw.replace(b'"sha256": "' + digest.encode(), b'"sha256": "' + b"0" * 64)
+    if sha256(zeroed).hexdigest() != digest:
+        raise StoreError(damaged)
+    if manifest["kind"] != KIND_COUNTS or manifest["chunk_cells"] != CHUNK_CELLS:
+        raise StoreError(
+            f"{path} is of kind {manifest['kind']} with chunks of {manifest['chunk_cells']} cells; "
+            f"expected kind {KIND_COUNTS} (counts) with {CHUNK_CELLS}"
+        )
+    return dict(manifest)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, read in blocks."""
+    digest = sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_files(path: Path, files: Sequence[dict[str, Any]], *, with_shards: bool) -> None:
+    """Compare sizes of all files, and hashes of the small ones or of all."""
+    for file in files:
+        target = path / file["path"]
+        try:
+            size = target.stat().st_size
+        except OSError as error:
+            raise StoreError(f"{target} is missing; {path} is not complete") from error
+        if size != file["size"]:
+            raise StoreError(f"{target} has {size} bytes, the manifest says {file['size']}")
+        is_large = file["path"].startswith(("shards/", "cells/"))
+        if (with_shards or not is_large) and (found := file_sha256(target)) != file["sha256"]:
+            raise StoreError(
+                f"{target} is damaged: sha256 {found[:12]}, the manifest says "
+                f"{file['sha256'][:12]}; restore it from a copy, or run prepare again"
+            )
+
+
+# --- shards -------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Open shard files: opened at first use, closed with the store or with this object."""
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.paths = [root / name for name in names]
+        self.is_control = [name.startswith(CONTROL_SHARD) for name in names]
+        self._lock = threading.Lock()
+        self._descriptors: dict[int, int] = {}
+        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
+
+    def read(self, shard: int, offset: int, length: int) -> bytes | memoryview:
+        """Return bytes of a shard; fewer where the file ends."""
+        if self.is_control[shard]:
+            return self.mapped(shard)[offset : offset + length].data
+        descriptor = self._descriptors.get(shard)
+        if descriptor is None:
+            with self._lock:
+                descriptor = self._descriptors.get(shard)
+                if descriptor is None:
+                    descriptor = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+                    self._descriptors[shard] = descriptor
+        return os.pread(descriptor, length, offset)
+
+    def mapped(self, shard: int) -> npt.NDArray[np.uint8]:
+        """Return a shard as a read-only map."""
+        found = self._maps.get(shard)
+        if found is None:
+            with self._lock:
+                found = self._maps.setdefault(
+                    shard, np.asarray(np.memmap(self.paths[shard], np.uint8, "r"))
+                )
+        return found
+
+    def close(self) -> None:
+        """Close what is open."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+            self._maps.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+# --- the content ----------------------------------------------------------------------------------
+
+
+def fingerprint(
+    facts: dict[str, Any], conditions: Sequence[tuple[list[Any], npt.NDArray[np.void]]]
+) -> str:
+    """Return the sha256 of a store's content.
+
+    Parameters
+    ----------
+    facts
+        What holds for all cells.
+    conditions
+        Names and size of each condition, with the index entries of its chunks. Neither their order
+        nor where a chunk lies enters the hash.
+    """
+    digest = sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
+    named = {json.dumps(name, separators=(",", ":")): chunks for name, chunks in conditions}
+    for name in sorted(named):
+        sizes = [named[name][field].tolist() for field in ("num_cells", "num_nonzero", "crc32")]
+        digest.update(f"[{name},{json.dumps(sizes, separators=(',', ':'))}]".encode())
+    return digest.hexdigest()
