@@ -170,8 +170,8 @@ def draw_cells(subject: Subject) -> list[Picture]:
             "cells",
             "Cells in the plane of their first two principal components",
             "A seeded sample of control, observed and predicted cells. Where the prediction is "
-            "good, its cells lie on observed ones and not on control cells; one that is a tight dot "
-            "has lost the variety of cells.",
+            "good, its cells lie on observed ones and not on control cells; one that is a tight "
+            "dot has lost the variety of cells.",
             f"Principal components of {cells.n_obs} sampled control, observed and predicted cells.",
             figure,
         ),
