@@ -34,6 +34,7 @@ import numpy.typing as npt
 import zstandard
 
 from scale.config import Codec
+from scale.data.csr import LARGEST_ROW, CsrCounts, IntArray, row_pointer
 from scale.types import StoreError
 
 if sys.byteorder != "little":
@@ -44,13 +45,6 @@ logger = logging.getLogger(__name__)
 CHUNK_CELLS = 64
 """Cells per chunk. Larger chunks save no bytes, and a ragged condition wastes half of 256."""
 KIND_COUNTS = 0
-LARGEST_COUNT = 1 << 24
-"""The last integer that float32 holds exactly, and what a low byte and a 16-bit high part hold."""
-LARGEST_ROW = 65_535
-"""Non-zeros per cell that the format can hold."""
-NO_BATCH = 65_535
-"""Batch code of a cell without a batch."""
-
 _HEAD = struct.Struct("<4s4B2H5I")
 _MAGIC = b"SCLC"
 _VERSION = 1
@@ -58,7 +52,6 @@ _CODECS = {Codec.none: 0, Codec.zstd: 1}
 _HAS_BATCH = 1
 _ZSTD_LEVEL = 1  # levels 3 and 9 save nothing on these streams: 287 and 290 against 286 bytes/cell
 
-IntArray = npt.NDArray[np.integer[Any]]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -72,75 +65,6 @@ def compiled(function: _Function) -> _Function:
 
 
 # --- what a chunk holds -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class CsrCounts:
-    """Counts of some cells as compressed rows, genes ascending within a row.
-
-    Parameters
-    ----------
-    indptr_P, indices_M, counts_M
-        int64, int32, uint32; no stored zeros.
-    library_N
-        uint32, counts over the library genes, which may be more than the stored ones.
-    batch_code_N
-        uint16 code of each cell's batch where the condition does not fix it, else None.
-    """
-
-    indptr_P: npt.NDArray[np.int64]
-    indices_M: npt.NDArray[np.int32]
-    counts_M: npt.NDArray[np.uint32]
-    library_N: npt.NDArray[np.uint32]
-    batch_code_N: npt.NDArray[np.uint16] | None = None
-
-    @property
-    def num_cells(self) -> int:
-        """Number of cells, N."""
-        return len(self.library_N)
-
-    def slice(self, start: int, stop: int) -> CsrCounts:
-        """Return the cells from ``start`` to before ``stop``."""
-        pointer = self.indptr_P[start : stop + 1]
-        return CsrCounts(
-            pointer - pointer[0],
-            self.indices_M[pointer[0] : pointer[-1]],
-            self.counts_M[pointer[0] : pointer[-1]],
-            self.library_N[start:stop],
-            None if self.batch_code_N is None else self.batch_code_N[start:stop],
-        )
-
-    def take(self, rows: IntArray) -> CsrCounts:
-        """Return the cells at ``rows``, in that order."""
-        size = np.diff(self.indptr_P)[rows]
-        indptr = _pointer(size)
-        source = np.repeat(self.indptr_P[:-1][rows] - indptr[:-1], size) + np.arange(indptr[-1])
-        return CsrCounts(
-            indptr,
-            self.indices_M[source],
-            self.counts_M[source],
-            self.library_N[rows],
-            None if self.batch_code_N is None else self.batch_code_N[rows],
-        )
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[CsrCounts]) -> CsrCounts:
-        """Return the cells of all parts, one part after the other; codes only if all have them."""
-        if not parts:
-            return cls(
-                np.zeros(1, np.int64),
-                np.empty(0, np.int32),
-                np.empty(0, np.uint32),
-                np.empty(0, np.uint32),
-            )
-        codes = [p.batch_code_N for p in parts if p.batch_code_N is not None]
-        return cls(
-            _pointer(np.concatenate([np.diff(p.indptr_P) for p in parts])),
-            np.concatenate([p.indices_M for p in parts]),
-            np.concatenate([p.counts_M for p in parts]),
-            np.concatenate([p.library_N for p in parts]),
-            np.concatenate(codes) if len(codes) == len(parts) else None,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +130,7 @@ class CellChunk:
     def to_csr(self) -> CsrCounts:
         """Return the counts as compressed rows."""
         size = self.num_nonzero_N.astype(np.int64)
-        indptr = _pointer(size)
+        indptr = row_pointer(size)
         step = self.gap_M.astype(np.int64) + 1
         step[self.gap_position_E] += self.gap_high_E.astype(np.int64) << 8
         column = np.cumsum(step)
@@ -220,12 +144,6 @@ class CellChunk:
             self.library_N,
             self.batch_code_N,
         )
-
-
-def _pointer(size: IntArray) -> npt.NDArray[np.int64]:
-    pointer = np.zeros(len(size) + 1, np.int64)
-    np.cumsum(size, out=pointer[1:])
-    return pointer
 
 
 # --- arrays to bytes ----------------------------------------------------------------------------

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scale.data.codec import CellChunk, IntArray, compiled
+from scale.data.codec import CellChunk, compiled
+from scale.data.csr import IntArray
 from scale.types import StoreError
 
 
@@ -154,7 +155,8 @@ def compact_from_chunks(
     Examples
     --------
     >>> from scale.config import Codec
-    >>> from scale.data.codec import CsrCounts, encode_chunk, parse_chunk
+    >>> from scale.data.codec import encode_chunk, parse_chunk
+    >>> from scale.data.csr import CsrCounts
     >>> cells = CsrCounts(
     ...     np.array([0, 1, 2]), np.array([0, 2], np.int32), np.array([1, 5], np.uint32),
     ...     np.array([1, 5], np.uint32),

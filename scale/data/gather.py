@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from scale.data.codec import IntArray, compiled
+from scale.data.codec import compiled
 from scale.data.compact import CompactCells
+from scale.data.csr import IntArray
 from scale.types import StoreError
 
 

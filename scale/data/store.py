@@ -27,16 +27,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
-from scale.data.codec import (
-    CHUNK_CELLS,
-    NO_BATCH,
-    CellChunk,
-    CsrCounts,
-    IntArray,
-    parse_chunk,
-)
+from scale.data.codec import CHUNK_CELLS, CellChunk, parse_chunk
+from scale.data.csr import NO_BATCH, CsrCounts, IntArray
 from scale.data.genes import GeneVocabulary
-from scale.data.store_files import CHUNK_DTYPE, Shards, check_files, read_manifest
+from scale.data.shards import Shards
+from scale.data.store_files import CHUNK_DTYPE, check_files, read_manifest
 from scale.runtime import derive, mix64_array
 from scale.types import Component, Condition, Perturbation, StoreError
 

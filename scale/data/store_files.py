@@ -1,4 +1,4 @@
-"""The files of a store: names, manifest with its hashes, index entry, open shards.
+"""The files of a store: names, manifest with its hashes, index entry, fingerprint.
 
 Apart from ``store.py`` because the read and the write side share it, and neither the other.
 """
@@ -6,9 +6,6 @@ Apart from ``store.py`` because the read and the write side share it, and neithe
 from __future__ import annotations
 
 import json
-import os
-import struct
-import threading
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -35,11 +32,6 @@ CHUNK_DTYPE = np.dtype(
         ("reserved", "<u4"),
     ]
 )
-SHARD_HEAD = struct.Struct("<4sHHQ")
-SHARD_MAGIC = b"SCLS"
-CONTROL_SHARD = "shards/control-"
-TREATED_SHARD = "shards/treated-"
-
 _BLOCK = 1 << 20
 
 
@@ -110,54 +102,6 @@ def check_files(path: Path, files: Sequence[dict[str, Any]], *, with_shards: boo
                 f"{target} is damaged: sha256 {found[:12]}, the manifest says "
                 f"{file['sha256'][:12]}; restore it from a copy, or run prepare again"
             )
-
-
-# --- shards -------------------------------------------------------------------------------------
-
-
-class Shards:
-    """Open shard files: opened at first use, closed with the store or with this object."""
-
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
-        self.paths = [root / name for name in names]
-        self.is_control = [name.startswith(CONTROL_SHARD) for name in names]
-        self._lock = threading.Lock()
-        self._descriptors: dict[int, int] = {}
-        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
-
-    def read(self, shard: int, offset: int, length: int) -> bytes | memoryview:
-        """Return bytes of a shard; fewer where the file ends."""
-        if self.is_control[shard]:
-            return self.mapped(shard)[offset : offset + length].data
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            with self._lock:
-                descriptor = self._descriptors.get(shard)
-                if descriptor is None:
-                    descriptor = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-                    self._descriptors[shard] = descriptor
-        return os.pread(descriptor, length, offset)
-
-    def mapped(self, shard: int) -> npt.NDArray[np.uint8]:
-        """Return a shard as a read-only map."""
-        found = self._maps.get(shard)
-        if found is None:
-            with self._lock:
-                found = self._maps.setdefault(
-                    shard, np.asarray(np.memmap(self.paths[shard], np.uint8, "r"))
-                )
-        return found
-
-    def close(self) -> None:
-        """Close what is open."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-            self._maps.clear()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 # --- the content ----------------------------------------------------------------------------------

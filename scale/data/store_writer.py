@@ -1,21 +1,15 @@
 """The write side of a store: conditions in, a directory that is whole or absent out.
 
-Everything is written into ``DIR.partial``, synced, and renamed to ``DIR`` at the end. An error on
-the way (a full disk too) removes what was written; a process that was killed leaves a directory
-without a manifest, which the next writer removes.
+Chunks are appended to shards as conditions come; tables, index and at last the manifest are written
+when the store is closed. Everything happens in ``DIR.partial`` until then.
 """
 
 from __future__ import annotations
 
-import fcntl
-import io
 import json
-import logging
 import os
-import shutil
 import zlib
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,26 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scale.config import Codec
-from scale.data.codec import (
-    CHUNK_CELLS,
-    KIND_COUNTS,
-    LARGEST_COUNT,
-    LARGEST_ROW,
-    NO_BATCH,
-    CsrCounts,
-    IntArray,
-    encode_chunk,
-)
+from scale.data.codec import CHUNK_CELLS, KIND_COUNTS, encode_chunk
+from scale.data.csr import NO_BATCH, CsrCounts, checked_counts
 from scale.data.genes import GeneVocabulary
+from scale.data.partial import PartialDirectory
+from scale.data.shards import ShardWriter
 from scale.data.store_files import (
     CHUNK_DTYPE,
-    CONTROL_SHARD,
     MANIFEST,
     SCHEMA,
     SCHEMA_VERSION,
-    SHARD_HEAD,
-    SHARD_MAGIC,
-    TREATED_SHARD,
     file_sha256,
     fingerprint,
     seal,
@@ -54,48 +38,10 @@ from scale.data.store_files import (
 from scale.runtime import package_version, sync_directory, versions
 from scale.types import Condition, Perturbation, SourceError, StoreError
 
-logger = logging.getLogger(__name__)
-
 _CELLS_PER_PART = 1 << 20
 _COMPONENTS = pa.list_(
     pa.struct([("name", pa.string()), ("dose", pa.float64()), ("unit", pa.string())])
 )
-
-
-class _ShardFile:
-    """A shard that is being written."""
-
-    def __init__(self, root: Path, name: str, number: int, context: str | None) -> None:
-        self.name, self.number, self.context = name, number, context
-        self._path = root / name
-        self._handle = self._path.open("xb", buffering=io.DEFAULT_BUFFER_SIZE * 16)
-        self._digest = sha256()
-        self.size = 0
-        self._write(SHARD_HEAD.pack(SHARD_MAGIC, SCHEMA_VERSION, 0, 0))
-
-    def _write(self, data: bytes) -> None:
-        self._handle.write(data)
-        self._digest.update(data)
-        self.size += len(data)
-
-    def append(self, blob: bytes) -> int:
-        """Write a blob, padded to 8 bytes; return where it starts."""
-        offset = self.size
-        self._write(blob + bytes(-len(blob) % 8))
-        return offset
-
-    def close(self) -> dict[str, Any]:
-        """Return the shard's entry in the manifest."""
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        self._handle.close()
-        return {"path": self.name, "size": self.size, "sha256": self._digest.hexdigest()}
-
-    def abort(self) -> None:
-        try:
-            self._handle.close()
-        except OSError as error:  # a full disk fails again when the buffer is flushed
-            logger.debug("%s: %s", self._path, error)
 
 
 class StoreWriter:
@@ -157,7 +103,7 @@ class StoreWriter:
         facts: dict[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
-        self._genes, self._codec, self._shard_bytes = genes, codec, shard_bytes
+        self._genes, self._codec = genes, codec
         self._columns = {
             key: columns.get(key)
             for key in ("perturbation", "cell_type", "batch", "dose", "library", "separator")
@@ -165,7 +111,7 @@ class StoreWriter:
         self._control, self._provenance = control, provenance
         self._gene_table = _gene_table(genes, gene_table)
         self._library = library or {"over": genes.sha256, "num_genes": len(genes)}
-        self._overwrite, self._batches = overwrite, None if batches is None else tuple(batches)
+        self._batches = None if batches is None else tuple(batches)
         self._facts = {
             "counts": "read",
             "condition_by": None,
@@ -176,15 +122,15 @@ class StoreWriter:
         self._conditions: dict[Condition, dict[str, Any]] = {}
         self._chunks: list[npt.NDArray[np.void]] = []
         self._has_codes = False
-        self._open_shards: dict[bool, _ShardFile] = {}
-        self._files: list[tuple[int, dict[str, Any]]] = []
-        self._num_shards = {False: 0, True: 0}
         self._cells: list[pd.DataFrame] = []
         self._num_parts = 0
-        self._partial = self.path.with_name(self.path.name + ".partial")
-        self._replaced = self.path.with_name(self.path.name + ".replaced")
-        self._lock: int | None = None
-        self._start()
+        self._directory = PartialDirectory(self.path, overwrite=overwrite, mark=MANIFEST)
+        self._partial = self._directory.partial
+        try:
+            self._shards = ShardWriter(self._partial, shard_bytes)
+        except OSError:
+            self._directory.abort()
+            raise
 
     # --- adding ---------------------------------------------------------------------------------
 
@@ -220,10 +166,11 @@ class StoreWriter:
         SourceError
             If the counts cannot be stored; the message names the condition and the cell.
         """
-        if self._lock is None:
+        if not self._directory.is_open:
             raise StoreError(f"{self.path} is closed; nothing more can be added")
         try:
-            self._add(condition, label, _checked(condition, counts, library, batch_codes), cells)
+            checked = checked_counts(_describe(condition), counts, library, batch_codes)
+            self._add(condition, label, checked, cells)
         except BaseException:
             self.abort()
             raise
@@ -268,37 +215,20 @@ class StoreWriter:
         for i, start in enumerate(starts):
             part = counts.slice(start, min(start + CHUNK_CELLS, counts.num_cells))
             blob = encode_chunk(part, codec=codec)
-            shard = self._shard(condition, len(blob))
+            shard, offset = self._shards.append(
+                blob, cell_type=condition.cell_type, is_control=condition.is_control
+            )
             chunks[i] = (
                 len(self._conditions),
-                shard.number,
+                shard,
                 part.num_cells,
-                shard.append(blob),
+                offset,
                 len(blob),
                 zlib.crc32(blob),
                 len(part.indices_M),
                 0,
             )
         return chunks
-
-    def _shard(self, condition: Condition, length: int) -> _ShardFile:
-        """Return the shard for a blob: one cell type per treated shard."""
-        is_control = condition.is_control
-        context = None if is_control else condition.cell_type
-        shard = self._open_shards.get(is_control)
-        if shard is not None:
-            is_full = shard.size > SHARD_HEAD.size and shard.size + length > self._shard_bytes
-            if shard.context == context and not is_full:
-                return shard
-            self._files.append((shard.number, shard.close()))
-        number = sum(self._num_shards.values())
-        if number > np.iinfo(CHUNK_DTYPE["shard"]).max:
-            raise StoreError(f"more than {number} shards; raise shard_bytes ({self._shard_bytes})")
-        prefix = CONTROL_SHARD if is_control else TREATED_SHARD
-        name = f"{prefix}{self._num_shards[is_control]:05d}.scl"
-        self._num_shards[is_control] += 1
-        self._open_shards[is_control] = _ShardFile(self._partial, name, number, context)
-        return self._open_shards[is_control]
 
     def _add_cells(self, cells: pd.DataFrame, num_cells: int, chunk: int, name: str) -> None:
         if len(cells) != num_cells:
@@ -326,7 +256,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Write tables and manifest, and give the store its name."""
-        if self._lock is None:
+        if not self._directory.is_open:
             return
         try:
             if not self._conditions:
@@ -337,16 +267,13 @@ class StoreWriter:
             raise
 
     def _finish(self) -> None:
-        for shard in self._open_shards.values():
-            self._files.append((shard.number, shard.close()))
-        self._open_shards = {}
+        shards = self._shards.close()
         self._flush_cells()
         chunks = np.concatenate(self._chunks)
         np.save(self._partial / "chunks.npy", chunks)
         self._write_tables()
         prepared = {"provenance": self._provenance, "versions": versions()}
         (self._partial / "prepare.json").write_text(json.dumps(prepared, indent=1) + "\n")
-        shards = [entry for _, entry in sorted(self._files, key=lambda file: file[0])]
         known = {entry["path"] for entry in shards}
         others = sorted(
             file.relative_to(self._partial).as_posix()
@@ -374,9 +301,9 @@ class StoreWriter:
             "files": files,
         }
         self._sync(MANIFEST, seal(manifest))
-        for folder in {(self._partial / file["path"]).parent for file in files} | {self._partial}:
+        for folder in {(self._partial / file["path"]).parent for file in files}:
             sync_directory(folder)
-        self._rename()
+        self._directory.commit()
 
     def _fingerprint(self) -> str:
         rows = [
@@ -439,64 +366,10 @@ class StoreWriter:
             handle.flush()
             os.fsync(handle.fileno())
 
-    # --- names ----------------------------------------------------------------------------------
-
-    def _start(self) -> None:
-        """Claim the name, and clear what a killed process left."""
-        if self._replaced.exists() and not self.path.exists():
-            self._replaced.rename(self.path)  # it was killed between its last two renames
-        self._refuse_existing()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial.mkdir(exist_ok=True)
-        lock = os.open(self._partial, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            raise StoreError(f"{self.path} is being written by another process") from error
-        self._lock = lock
-        for left in self._partial.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        (self._partial / "shards").mkdir()
-
-    def _refuse_existing(self) -> None:
-        if not self.path.exists():
-            return
-        if not self._overwrite:
-            raise StoreError(f"{self.path} exists; choose another name, or set overwrite=true")
-        if not (self.path / MANIFEST).exists() and (
-            not self.path.is_dir() or any(self.path.iterdir())
-        ):
-            raise StoreError(f"{self.path} is no store; it is not overwritten, remove it yourself")
-
-    def _rename(self) -> None:
-        self._refuse_existing()
-        if self.path.exists():
-            if self._replaced.exists():
-                shutil.rmtree(self._replaced)
-            self.path.rename(self._replaced)
-        self._partial.rename(self.path)
-        sync_directory(self.path.parent)
-        self._release()
-        if self._replaced.exists():
-            shutil.rmtree(self._replaced)
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
     def abort(self) -> None:
         """Remove what was written; an existing store of this name stays."""
-        if self._lock is None:
-            return
-        for shard in self._open_shards.values():
-            shard.abort()
-        self._open_shards = {}
-        shutil.rmtree(self._partial, ignore_errors=True)
-        if self._replaced.exists() and not self.path.exists():
-            self._replaced.rename(self.path)
-        self._release()
+        self._shards.abort()
+        self._directory.abort()
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -531,58 +404,3 @@ def _gene_table(genes: GeneVocabulary, table: pd.DataFrame | None) -> pd.DataFra
         raise ValueError("gene_table: symbols by column are not the stored genes")
     table = table.astype({"column": np.int32})
     return table if "ensembl_id" in table else table.assign(ensembl_id=None)
-
-
-def _checked(
-    condition: Condition,
-    counts: Any,
-    library: npt.NDArray[Any],
-    batch_codes: npt.NDArray[Any] | None,
-) -> CsrCounts:
-    """Return counts as the codec takes them: whole, positive, genes ascending, no duplicates."""
-    name = _describe(condition)
-    num_cells = counts.shape[0]
-    if num_cells == 0 or len(library) != num_cells:
-        raise SourceError(f"{name}: {len(library)} libraries for {num_cells} cells")
-    if not counts.has_sorted_indices:
-        counts = counts.sorted_indices()
-    value = np.asarray(counts.data)
-    row = np.repeat(np.arange(num_cells), np.diff(counts.indptr))
-
-    def refuse(bad: npt.NDArray[np.bool_], what: str) -> None:
-        if bad.any():
-            i = int(np.argmax(bad))
-            cell = i if len(bad) == num_cells and what.startswith("library") else int(row[i])
-            raise SourceError(f"{name}, cell {cell}: {what}")
-
-    if value.dtype.kind == "f":
-        refuse(~np.isfinite(value), "count that is not finite")
-        refuse(value != np.floor(value), "count that is not a whole number")
-    refuse(value < 0, "negative count")
-    refuse(value > LARGEST_COUNT, f"count above {LARGEST_COUNT}")
-    refuse(
-        (np.diff(counts.indices, prepend=-1) == 0) & (np.diff(row, prepend=-1) == 0), "gene twice"
-    )
-    library = np.asarray(library)
-    refuse(~((library >= 1) & (library < 1 << 32)), "library is not between 1 and 2^32")
-    kept = value > 0
-    size = np.bincount(row[kept], minlength=num_cells)
-    if size.max() > LARGEST_ROW:
-        raise SourceError(
-            f"{name}, cell {size.argmax()}: more than {LARGEST_ROW} genes with counts"
-        )
-    return CsrCounts(
-        np.concatenate([[0], np.cumsum(size)]),
-        counts.indices[kept].astype(np.int32),
-        value[kept].astype(np.uint32),
-        library.astype(np.uint32),
-        None if batch_codes is None else _codes(name, np.asarray(batch_codes), num_cells),
-    )
-
-
-def _codes(name: str, codes: IntArray, num_cells: int) -> npt.NDArray[np.uint16]:
-    if len(codes) != num_cells or codes.min() < -1 or codes.max() >= NO_BATCH:
-        raise SourceError(
-            f"{name}: {len(codes)} batch codes between {codes.min()} and {codes.max()}"
-        )
-    return np.where(codes < 0, NO_BATCH, codes).astype(np.uint16)
