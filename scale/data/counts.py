@@ -1,0 +1,305 @@
+"""From the values of a matrix to counts: checks, the place of the counts, recovery from log1p.
+
+Counts are never guessed. A matrix is counts if every value is a whole number; where it holds
+log1p of normalised counts instead, those are recovered exactly or the file is refused.
+
+Shapes: N = cells of a block, M = stored values of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+from scale.config import CountsPolicy
+from scale.data.source import H5adFile
+from scale.runtime import derive
+from scale.types import SourceError
+
+MAX_COUNT = 1 << 24
+"""The last whole number up to which float32 holds every one."""
+REQUIRED_SHARE = 0.999
+"""Of the cells of a file must be recovered, or the file is refused."""
+_SAMPLE_CELLS = 4096
+_SAMPLE_RUNS = 16
+_MAX_SMALLEST = 8
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class CountsPlace:
+    """Where the counts of all files are, and whether they must be recovered.
+
+    Parameters
+    ----------
+    location
+        ``X``, ``layers/NAME`` or ``raw/X``.
+    is_recovered
+        The matrix holds log1p of normalised counts.
+    target_sum
+        Total that the matrix was normalised to, where total counts per cell are known from a
+        column; else None.
+    """
+
+    location: str
+    is_recovered: bool
+    target_sum: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveredCounts:
+    """Counts of a block; rows under a False ``is_exact_N`` could not be recovered and are empty."""
+
+    counts: sp.csr_matrix
+    is_exact_N: npt.NDArray[np.bool_]
+    scale_N: npt.NDArray[np.float64]
+    """Normalised value of one count, per cell; NaN for empty or refused cells."""
+
+
+def find_counts(
+    file: H5adFile, requested: str, policy: CountsPolicy, library_N: npt.NDArray[np.float64] | None
+) -> CountsPlace:
+    """Return where the counts of a file are.
+
+    Parameters
+    ----------
+    file
+        An open h5ad.
+    requested
+        ``auto`` or a location. ``auto`` takes the first of layers/counts, raw/X and X that holds
+        whole numbers, else the first of them from which counts can be recovered.
+    policy
+        Whether recovery is allowed.
+    library_N
+        Total counts per cell of the whole file, if a column has them.
+
+    Raises
+    ------
+    SourceError
+        If no matrix holds counts; the message says what the matrix looks like instead.
+    """
+    habitual = [name for name in file.locations() if name in ("layers/counts", "raw/X", "X")]
+    candidates = habitual if requested == "auto" else [requested]
+    if not candidates:
+        raise SourceError(f"{file.name} has neither layers/counts, raw/X nor X; set counts")
+    for location in candidates:
+        if all(_is_whole(block.data) for _, block in _sample(file, location)):
+            return CountsPlace(location, is_recovered=False)
+    location = candidates[-1]
+    if policy is CountsPolicy.require:
+        raise SourceError(
+            f"{file.name}: {location} is not counts ({_describe(file, location)}) and "
+            "counts_policy is require; set counts to a matrix of counts, or counts_policy=recover"
+        )
+    shares = {}
+    for location in candidates:
+        share, target_sum = _try_recovery(file, location, library_N)
+        if share >= REQUIRED_SHARE:
+            return CountsPlace(location, is_recovered=True, target_sum=target_sum)
+        shares[location] = share
+    location = max(shares, key=lambda name: shares[name])
+    for start, block in _sample(file, location):
+        with np.errstate(invalid="ignore"):
+            if len(block.data) and not (np.isfinite(block.data).all() and block.data.min() >= 0):
+                _refuse_value(file, location, start + np.arange(block.shape[0]), block)
+    raise SourceError(
+        f"{file.name}: {location} is not counts ({_describe(file, location)}) and counts could be "
+        f"recovered for {100 * shares[location]:.1f} % of cells, {100 * REQUIRED_SHARE:g} % are "
+        "needed; set counts to a matrix of counts"
+    )
+
+
+def check_counts(
+    file: H5adFile, location: str, row_N: npt.NDArray[np.int64], block: sp.csr_matrix
+) -> sp.csr_matrix:
+    """Return a block, of the rows ``row_N``, with sorted rows and uint32 counts above 0.
+
+    Raises
+    ------
+    SourceError
+        If a value is negative, not finite, not whole or above ``MAX_COUNT``, or an entry stands
+        twice in a row; the message names file, row, gene and value.
+    """
+    data_M = block.data
+    if not np.issubdtype(data_M.dtype, np.number) and data_M.dtype != np.bool_:
+        raise SourceError(f"{file.name}: {location} holds {data_M.dtype}; expected numbers")
+    if len(data_M):
+        # Two comparisons decide the usual case; a NaN fails the first.
+        in_range = data_M.min() >= 0 and data_M.max() <= MAX_COUNT
+        if not in_range or not _is_whole(data_M):
+            _refuse_value(file, location, row_N, block)
+    counts = sp.csr_matrix(
+        (data_M.astype(np.uint32), block.indices, block.indptr), shape=block.shape
+    )
+    return _sorted_rows(file, location, row_N, counts)
+
+
+def recover_counts(
+    block: sp.csr_matrix,
+    library_N: npt.NDArray[np.float64] | None = None,
+    target_sum: float | None = None,
+) -> RecoveredCounts:
+    """Return the counts behind log1p of normalised counts.
+
+    In a cell every y = expm1(x) is a count times one scale s. The smallest y is taken for 1, 2,
+    ... 8 counts in turn, and the first s under which every y / s is whole within 1e-3 is accepted.
+    A cell whose counts share a factor comes out divided by it, which leaves its normalised values
+    as they are; with ``library_N`` and ``target_sum`` = s * library the factor is found too.
+
+    float16 is refused by the same test: its steps are too coarse for whole ratios.
+    """
+    num_cells = block.shape[0]
+    size_N = np.diff(block.indptr)
+    filled = np.flatnonzero(size_N)
+    scale_N = np.full(num_cells, np.nan)
+    y_M = np.expm1(block.data.astype(np.float64))
+    # Counts of thousands are beyond the steps of float32 values; their tolerance grows with them.
+    relative = 4.0 * float(np.finfo(block.dtype if block.dtype.kind == "f" else np.float64).eps)
+    if len(filled) and np.isfinite(y_M).all():
+        starts = block.indptr[filled].astype(np.int64)
+        smallest = np.minimum.reduceat(y_M, starts)
+        open_cells = (smallest > 0) & (block.dtype != np.float16)
+        for k in range(1, _MAX_SMALLEST + 1):
+            if not open_cells.any():
+                break
+            scale = np.where(smallest > 0, smallest, 1.0) / k
+            ratio_M = y_M / np.repeat(scale, size_N[filled])
+            excess_M = np.abs(ratio_M - np.rint(ratio_M)) - relative * ratio_M
+            accepted = open_cells & (np.maximum.reduceat(excess_M, starts) < _TOLERANCE)
+            scale_N[filled[accepted]] = scale[accepted]
+            open_cells &= ~accepted
+    if library_N is not None and target_sum is not None:
+        factor_N = scale_N * library_N / target_sum
+        with np.errstate(invalid="ignore"):
+            fits_N = (factor_N > 0.5) & (np.abs(factor_N - np.rint(factor_N)) < _TOLERANCE)
+            scale_N = np.where(fits_N, scale_N / np.rint(factor_N), np.nan)
+    is_exact_N = np.isfinite(scale_N) | (size_N == 0)
+    keep_M = np.repeat(is_exact_N, size_N)
+    scale_M = np.repeat(np.where(is_exact_N, scale_N, 1.0), size_N)
+    counts = block.astype(np.float64)
+    counts.data = np.where(keep_M, np.rint(y_M / scale_M), 0.0)
+    return RecoveredCounts(counts, is_exact_N, scale_N)
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def _is_whole(data_M: npt.NDArray[Any]) -> bool:
+    if data_M.dtype.kind in "biu":
+        return bool(data_M.dtype.kind != "i" or not len(data_M) or data_M.min() >= 0)
+    if data_M.dtype.kind != "f":
+        return False
+    return bool(np.all(data_M >= 0) and np.all(np.isfinite(data_M)) and np.all(_is_rint(data_M)))
+
+
+def _is_rint(data_M: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    return np.asarray(np.rint(data_M) == data_M)
+
+
+def _sample(file: H5adFile, location: str) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Yield the first cells of a file, and as many in runs spread over it."""
+    run = _SAMPLE_CELLS // _SAMPLE_RUNS
+    starts = [*range(0, min(_SAMPLE_CELLS, file.num_cells), run)]
+    if file.num_cells > _SAMPLE_CELLS:
+        # Keyed by the number of cells: a sample that repeats on the same file.
+        starts += [
+            derive(file.num_cells, i) % (file.num_cells - run + 1) for i in range(_SAMPLE_RUNS)
+        ]
+    for start in starts:
+        yield start, file.rows(location, start, min(start + run, file.num_cells))
+
+
+def _try_recovery(
+    file: H5adFile, location: str, library_N: npt.NDArray[np.float64] | None
+) -> tuple[float, float | None]:
+    """Return the share of sampled cells that can be recovered, and the target sum if known."""
+    scales, libraries, exact = [], [], []
+    for start, block in _sample(file, location):
+        recovered = recover_counts(block)
+        exact.append(recovered.is_exact_N)
+        scales.append(recovered.scale_N)
+        if library_N is not None:
+            libraries.append(library_N[start : start + block.shape[0]])
+    if library_N is None:
+        return float(np.concatenate(exact).mean()), None
+    # Most cells have no common factor, so that the median of s * library is the target sum.
+    product = np.concatenate(scales) * np.concatenate(libraries)
+    if not np.isfinite(product).any():
+        return 0.0, None
+    target_sum = float(np.nanmedian(product))
+    share = np.concatenate(
+        [
+            recover_counts(block, library_N[start : start + block.shape[0]], target_sum).is_exact_N
+            for start, block in _sample(file, location)
+        ]
+    ).mean()
+    return float(share), target_sum
+
+
+def _describe(file: H5adFile, location: str) -> str:
+    """Return in a few words what the values of a matrix look like."""
+    dtype = file.matrix(location).dtype
+    if dtype.kind not in "fiub":
+        return f"values of type {dtype}"
+    values = np.concatenate([block.data for _, block in _sample(file, location)])
+    if not np.isfinite(values).all():
+        return "it has values that are not finite"
+    if (values < 0).any():
+        return f"negative values, minimum {values.min():.3g}"
+    return f"fractions in {dtype}, maximum {values.max():.3g}"
+
+
+def _refuse_value(
+    file: H5adFile, location: str, row_N: npt.NDArray[np.int64], block: sp.csr_matrix
+) -> None:
+    """Raise the error for the first value that is no count."""
+    data_M = block.data
+    with np.errstate(invalid="ignore"):
+        is_bad_M = ~np.isfinite(data_M) | (data_M < 0) | (data_M > MAX_COUNT) | ~_is_rint(data_M)
+    at = int(np.flatnonzero(is_bad_M)[0])
+    value = data_M[at]
+    if not np.isfinite(value):
+        what = "not finite"
+    elif value < 0:
+        what = "negative"
+    elif value > MAX_COUNT:
+        what = f"above {MAX_COUNT:,}, the last count that float32 holds exactly"
+    else:
+        what = "not a whole number, although the cells looked at first are"
+    raise SourceError(
+        f"{_place(file, location, row_N, block, at)} is {value:g}: {what}; expected counts"
+    )
+
+
+def _sorted_rows(
+    file: H5adFile, location: str, row_N: npt.NDArray[np.int64], counts: sp.csr_matrix
+) -> sp.csr_matrix:
+    """Return the rows with ascending columns and without stored zeros."""
+    counts.has_sorted_indices = False
+    counts.sort_indices()  # a look at the order first; sorted rows are left alone
+    if len(counts.indices) > 1:
+        same_M = np.flatnonzero(np.diff(counts.indices) == 0)
+        # The last entry of one row and the first of the next may be equal.
+        row_M = np.searchsorted(counts.indptr, same_M, side="right")
+        twice = same_M[row_M == np.searchsorted(counts.indptr, same_M + 1, side="right")]
+        if len(twice):
+            raise SourceError(
+                f"{_place(file, location, row_N, counts, int(twice[0]))} stands twice in its row; "
+                "sum duplicates before writing (X.sum_duplicates())"
+            )
+    if len(counts.data) and counts.data.min() == 0:
+        counts.eliminate_zeros()
+    return counts
+
+
+def _place(
+    file: H5adFile, location: str, row_N: npt.NDArray[np.int64], block: sp.csr_matrix, at: int
+) -> str:
+    row = int(row_N[int(np.searchsorted(block.indptr, at, side="right")) - 1])
+    gene = file.genes(location)[int(block.indices[at])]
+    return f"{file.name}: {location}, row {row}, gene {gene!r}"

@@ -1,0 +1,325 @@
+"""Reading h5ad by blocks of rows: matrices, columns of ``.obs``, gene names, in bounded memory.
+
+The files are read with h5py directly: a matrix is never held whole, except a CSC one, which can
+only be cut by columns. One class serves files on disk and an AnnData in memory, which is laid out
+as an HDF5 image first, so that there is one reader to trust.
+
+Shapes: N = cells of a file, G = genes.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+from anndata.io import read_elem, write_elem
+
+from scale.types import SourceError, did_you_mean
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+LOCATIONS = "X, layers/NAME or raw/X"
+_ENSEMBL_COLUMNS = ("ensembl_id", "ensembl_ids", "gene_ids", "gene_id")
+
+
+@dataclass(frozen=True, slots=True)
+class ObsColumn:
+    """A column of ``.obs`` as texts.
+
+    Parameters
+    ----------
+    codes_N
+        Index into ``names`` per cell; -1 where the value is missing.
+    names
+        The distinct texts; whole numbers as decimal strings.
+    """
+
+    codes_N: npt.NDArray[np.int32]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixInfo:
+    """What is known of a matrix before any of its values is read."""
+
+    location: str
+    kind: str
+    """``csr``, ``csc`` or ``dense``."""
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    num_stored: int
+    """Values in the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the matrix in memory."""
+        index_bytes = 0 if self.kind == "dense" else 4
+        return self.num_stored * (self.dtype.itemsize + index_bytes)
+
+
+class H5adFile:
+    """An open h5ad; made by :meth:`Source.open`."""
+
+    def __init__(self, name: str, handle: h5py.File, *, memory_bytes: int) -> None:
+        self.name = name
+        self._handle = handle
+        self._memory_bytes = memory_bytes
+        self._matrices: dict[str, MatrixInfo] = {}
+        self._whole: dict[str, sp.csr_matrix] = {}
+        if "obs" not in handle or "var" not in handle:
+            raise SourceError(f"{name} is no h5ad: it has {_listed(handle)}; expected X, obs, var")
+        for axis in ("obs", "var"):
+            if not isinstance(handle[axis], h5py.Group):
+                raise SourceError(
+                    f"{name} was written by anndata before 0.7 (.{axis} is one table); "
+                    "read it with anndata and write it again"
+                )
+        self.num_cells = int(_index_of(handle["obs"]).shape[0])
+        if self.num_cells == 0:
+            raise SourceError(f"{name} has no cells; expected at least one row in .obs")
+
+    # --- tables ---------------------------------------------------------------------------------
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns of ``.obs``."""
+        obs = self._handle["obs"]
+        hidden = {"__categories", str(obs.attrs.get("_index", "_index"))}
+        return [name for name in obs if name not in hidden]
+
+    def column(self, name: str, setting: str) -> ObsColumn:
+        """Return a column as texts; ``setting`` is the key that an error message names."""
+        values = self._column_values(name, setting)
+        if isinstance(values, pd.Categorical):
+            codes_N = np.asarray(values.codes, dtype=np.int32)
+            texts = [_text(value) for value in values.categories]
+        else:
+            found_N, uniques = pd.factorize(pd.Series(values), use_na_sentinel=True)
+            codes_N = found_N.astype(np.int32)
+            texts = [_text(value) for value in uniques]
+        # Different values may have one text, as 1 and "1" among categories of mixed type.
+        names = tuple(dict.fromkeys(texts))
+        if len(names) < len(texts):
+            position = {text: i for i, text in enumerate(names)}
+            target = np.array([position[text] for text in texts], dtype=np.int32)
+            codes_N = np.where(codes_N < 0, np.int32(-1), target[codes_N])
+        return ObsColumn(codes_N, names)
+
+    def numbers(self, name: str, setting: str) -> npt.NDArray[np.float64]:
+        """Return a column as numbers; NaN where the value is missing or an empty text."""
+        column = self.column(name, setting)
+        values = np.empty(len(column.names) + 1)
+        values[-1] = np.nan
+        for i, text in enumerate(column.names):
+            if text.strip().lower() in ("", "nan", "none", "na"):
+                values[i] = np.nan
+                continue
+            try:
+                values[i] = float(text)
+            except ValueError as error:
+                raise SourceError(
+                    f"{self.name}: column {name!r} ({setting}) holds {text!r}; expected numbers"
+                ) from error
+        return values[column.codes_N]
+
+    def _column_values(self, name: str, setting: str) -> Any:
+        if name not in self.columns:
+            raise SourceError(
+                f"no column {name!r} in .obs of {self.name} ({did_you_mean(name, self.columns)}); "
+                f"it has: {', '.join(self.columns)}. Set {setting}"
+            )
+        element = self._handle["obs"][name]
+        values = read_elem(element)
+        if isinstance(element, h5py.Dataset) and "categories" in element.attrs:
+            # the layout of anndata 0.6 to 0.7: codes here, categories elsewhere
+            categories = read_elem(self._handle[element.attrs["categories"]])
+            return pd.Categorical.from_codes(values, categories=categories)
+        return values
+
+    def genes(self, location: str) -> list[str]:
+        """Return the gene names that belong to a matrix."""
+        return [_text(value) for value in _index_of(self._var(location))[:]]
+
+    def ensembl_ids(self, location: str) -> list[str] | None:
+        """Return Ensembl identifiers, if ``.var`` has them under a usual name."""
+        var = self._var(location)
+        for name in _ENSEMBL_COLUMNS:
+            if name in var:
+                values = [_text(value) for value in pd.Series(read_elem(var[name]))]
+                if all(value.startswith("ENS") for value in values):
+                    return values
+        return None
+
+    def _var(self, location: str) -> h5py.Group:
+        return self._handle["raw/var" if location == "raw/X" else "var"]
+
+    # --- matrices -------------------------------------------------------------------------------
+
+    def locations(self) -> list[str]:
+        """Return the matrices of the file, those that hold counts by habit first."""
+        layers = self._handle.get("layers", {})
+        found = [f"layers/{name}" for name in layers if name == "counts"]
+        found += [name for name in ("raw/X", "X") if name in self._handle]
+        return found + [f"layers/{name}" for name in layers if name != "counts"]
+
+    def matrix(self, location: str) -> MatrixInfo:
+        """Return kind and size of the matrix at ``location``."""
+        if location not in self._matrices:
+            self._matrices[location] = self._inspect(location)
+        return self._matrices[location]
+
+    def _inspect(self, location: str) -> MatrixInfo:
+        if location not in self.locations():
+            raise SourceError(
+                f"{self.name} has no matrix at {location!r}; it has "
+                f"{', '.join(self.locations()) or 'none'}. Set counts ({LOCATIONS})"
+            )
+        element = self._handle[location]
+        if isinstance(element, h5py.Dataset):
+            if element.ndim != 2:
+                raise SourceError(f"{self.name}: {location} has shape {element.shape}, not N x G")
+            info = MatrixInfo(location, "dense", element.shape, element.dtype, element.size)
+        else:
+            kind = str(element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "")))
+            kind = kind.removesuffix("_matrix").removesuffix("_array")
+            if kind not in ("csr", "csc"):
+                raise SourceError(
+                    f"{self.name}: {location} is stored as {kind or 'an unknown type'!r}; "
+                    "expected csr, csc or a dense array"
+                )
+            shape = element.attrs["shape" if "shape" in element.attrs else "h5sparse_shape"]
+            data = element["data"]
+            info = MatrixInfo(
+                location, kind, (int(shape[0]), int(shape[1])), data.dtype, data.shape[0]
+            )
+        if info.shape[0] != self.num_cells or info.shape[1] != len(self.genes(location)):
+            raise SourceError(
+                f"{self.name}: {location} is {info.shape[0]} x {info.shape[1]}, but the tables "
+                f"have {self.num_cells} cells and {len(self.genes(location))} genes"
+            )
+        return info
+
+    def rows(self, location: str, start: int, stop: int) -> sp.csr_matrix:
+        """Return rows ``start`` to ``stop`` as CSR, with the values as they are stored."""
+        info = self.matrix(location)
+        element = self._handle[location]
+        try:
+            if info.kind == "dense":
+                return sp.csr_matrix(element[start:stop])
+            if info.kind == "csc":
+                return self._from_columns(info)[start:stop]
+            indptr = element["indptr"][start : stop + 1].astype(np.int64)
+            first, last = int(indptr[0]), int(indptr[-1])
+            data, indices = element["data"][first:last], element["indices"][first:last]
+        except OSError as error:
+            raise SourceError(
+                f"{self.name}: rows {start} to {stop - 1} of {location} cannot be read ({error}); "
+                "the file is damaged, fetch or write it again"
+            ) from error
+        indptr -= first
+        in_range = not len(indices) or (indices.min() >= 0 and indices.max() < info.shape[1])
+        if (
+            (np.diff(indptr) < 0).any()
+            or not indptr[-1] == len(indices) == len(data)
+            or not in_range
+        ):
+            # scipy would read and write out of bounds
+            raise SourceError(
+                f"{self.name}: {location} has impossible indices in the rows from {start} on; "
+                f"expected columns 0 to {info.shape[1] - 1}"
+            )
+        return sp.csr_matrix((data, indices, indptr), shape=(stop - start, info.shape[1]))
+
+    def _from_columns(self, info: MatrixInfo) -> sp.csr_matrix:
+        """Return a CSC matrix as CSR, converted once, if it fits the memory."""
+        if info.location not in self._whole:
+            needed = 2 * info.num_bytes  # the columns as read, and the rows made from them
+            if needed > self._memory_bytes:
+                raise SourceError(
+                    f"{self.name}: {info.location} is stored by columns (CSC) and needs "
+                    f"{needed:,} bytes to be turned, above memory_bytes ({self._memory_bytes:,}); "
+                    "write it as CSR (X = X.tocsr()) or give more memory_bytes"
+                )
+            element = self._handle[info.location]
+            parts = (element["data"][:], element["indices"][:], element["indptr"][:])
+            self._whole[info.location] = sp.csc_matrix(parts, shape=info.shape).tocsr()
+        return self._whole[info.location]
+
+
+class Source:
+    """A file to read, or an AnnData in memory; opened only while it is read."""
+
+    def __init__(self, path: Path | AnnData, *, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
+        self._path = path if isinstance(path, Path) else None
+        self._image = None if isinstance(path, Path) else _image_of(path)
+        self.name = str(path) if isinstance(path, Path) else "the AnnData"
+
+    @contextmanager
+    def open(self) -> Iterator[H5adFile]:
+        """Open the source for reading."""
+        if self._image is not None:
+            yield H5adFile(self.name, self._image, memory_bytes=self._memory_bytes)
+            return
+        try:
+            handle = h5py.File(self._path, "r")
+        except OSError as error:
+            raise SourceError(
+                f"{self.name} cannot be opened as HDF5 ({error}); expected a whole h5ad"
+            ) from error
+        with handle:
+            yield H5adFile(self.name, handle, memory_bytes=self._memory_bytes)
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """Return the files behind paths and glob patterns, sorted by name, each once.
+
+    The order decides the numbers of the cells, and with them how they are shuffled; it does not
+    depend on the order of ``patterns``, nor on the folder as long as names differ.
+    """
+    if not patterns:
+        raise SourceError("source.files is empty; give a path or a glob pattern of h5ad files")
+    found: set[Path] = set()
+    for pattern in patterns:
+        is_pattern = not Path(pattern).is_file()
+        matches = [Path(p) for p in glob.glob(pattern, recursive=True)] if is_pattern else []  # noqa: PTH207
+        files = [p for p in matches if p.is_file()] if is_pattern else [Path(pattern)]
+        if not files:
+            raise SourceError(f"source.files: no file matches {pattern!r}")
+        found.update(p.absolute() for p in files)
+    return sorted(found, key=lambda path: (path.name, str(path)))
+
+
+def _image_of(adata: AnnData) -> h5py.File:
+    """Lay an AnnData out as an HDF5 file in memory."""
+    handle = h5py.File(f"anndata-{id(adata)}", "w", driver="core", backing_store=False)
+    write_elem(handle, "/", adata)
+    return handle
+
+
+def _index_of(frame: h5py.Group) -> h5py.Dataset:
+    """Return the row names of a table."""
+    return frame[str(frame.attrs.get("_index", "_index"))]
+
+
+def _listed(group: h5py.Group) -> str:
+    return ", ".join(group) or "nothing"
+
+
+def _text(value: object) -> str:
+    """Return the text of a value: whole numbers without a point, bytes decoded."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
