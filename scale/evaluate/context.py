@@ -1,0 +1,190 @@
+"""One context of an evaluation: whose cells are compared with whose, and against which controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+from scale.evaluate.baselines import InputControl, Training
+from scale.evaluate.checks import CellTable, Rows
+from scale.evaluate.distances import Space, energy_distance
+from scale.evaluate.scoring import Facts, gene_numbers
+from scale.evaluate.sides import Control, Side, make_control, side_of_cells
+from scale.runtime import derive, mix64_array
+
+
+def keyed_order(count: int, seed: int, *names: str) -> Rows:
+    """Return a permutation of ``count`` positions: a pure function of seed and names."""
+    key = derive(seed, *(crc32(name.encode()) for name in names))
+    draws = mix64_array(np.arange(count, dtype=np.uint64) ^ np.uint64(key))
+    return np.argsort(draws, kind="stable")
+
+
+def generator(seed: int, *names: str) -> np.random.Generator:
+    """Return random numbers that are a pure function of seed and names."""
+    return np.random.default_rng(derive(seed, *(crc32(name.encode()) for name in names)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What all contexts share."""
+
+    strict: bool
+    max_cells: int
+    seed: int
+    space: Space
+    genes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Cells of one context, the observed side made from them, and what all methods share.
+
+    Parameters
+    ----------
+    name, unit, labels
+        Context, its independent unit, its perturbations in order.
+    cells
+        Observed cells of each perturbation.
+    controls
+        All observed control cells; ``input_rows`` of them are the input half (all, if shared).
+    input_control, observed
+        Prepared input control, and the observed side (against the reference half).
+    """
+
+    name: str
+    unit: str
+    labels: tuple[str, ...]
+    cells: tuple[sp.csr_matrix, ...]
+    controls: InputControl
+    input_rows: Rows
+    input_control: Control
+    observed: Side
+    facts: Facts
+    num_significant_P: npt.NDArray[np.int64]
+
+    @property
+    def inputs(self) -> InputControl:
+        """Control cells that a prediction may start from."""
+        counts = self.controls.counts
+        return InputControl(
+            self.controls.values[self.input_rows],
+            None if counts is None else counts[self.input_rows],
+        )
+
+
+def control_of(cells: sp.csr_matrix, settings: Settings, *names: str) -> Control:
+    """Return prepared control cells; strict caps the cells of the gene test, cell_eval does not."""
+    order = keyed_order(cells.shape[0], settings.seed, "control cells", *names)
+    chosen = np.sort(order[: settings.max_cells])
+    sampled = cells[chosen]
+    return make_control(cells, sampled if settings.strict else cells, sampled, settings.space)
+
+
+def side_of(cells: Sequence[sp.csr_matrix], control: Control, settings: Settings) -> Side:
+    """Return a side made from cells."""
+    return side_of_cells(cells, control, settings.space, max_points=settings.max_cells)
+
+
+def make_context(
+    name: str,
+    labels: Sequence[str],
+    observed: CellTable,
+    rows: Mapping[tuple[str, str], Rows],
+    *,
+    control: str,
+    fold: npt.NDArray[np.int8] | None,
+    training: Training,
+    settings: Settings,
+) -> Context:
+    """Return a context with its observed side.
+
+    Parameters
+    ----------
+    name, labels
+        Context and its scored perturbations.
+    observed, rows
+        Observed cells, and row numbers of each (context, perturbation).
+    control
+        Label of the control.
+    fold
+        0 (input) or 1 (reference) for every observed control cell; None = all on both sides.
+    training
+        Training changes, for the mean response that residual metrics take off.
+    settings
+        What all contexts share.
+    """
+    control_rows = rows[(name, control)]
+    controls = input_of(observed, control_rows)
+    if fold is None:
+        input_rows = reference_rows = np.arange(len(control_rows))
+    else:
+        input_rows = np.flatnonzero(fold[control_rows] == 0)
+        reference_rows = np.flatnonzero(fold[control_rows] == 1)
+    input_control = control_of(controls.values[input_rows], settings, name, "input")
+    reference = input_control
+    if fold is not None:
+        reference = control_of(controls.values[reference_rows], settings, name, "reference")
+    cells = tuple(observed.values[rows[(name, label)]] for label in labels)
+    side = side_of(cells, reference, settings)
+    assert side.cells is not None
+    significant_P = side.cells.tests.significant_PG.sum(axis=1)
+    energy = [
+        energy_distance(input_control.points, points, input_control.within, within)
+        for points, within in zip(side.cells.points, side.cells.within_P, strict=True)
+    ]
+    facts = Facts(
+        labels=tuple(labels),
+        target_gene_P=gene_numbers(labels, settings.genes),
+        strict=settings.strict,
+        num_significant_P=significant_P,
+        reference_mean_G=training.reference_mean_G(name),
+        reference_delta_G=training.reference_delta_G,
+        control_energy_P=np.array(energy),
+    )
+    return Context(
+        name=name,
+        unit=str(observed.unit[control_rows[0]]),
+        labels=tuple(labels),
+        cells=cells,
+        controls=controls,
+        input_rows=input_rows,
+        input_control=input_control,
+        observed=side,
+        facts=facts,
+        num_significant_P=significant_P,
+    )
+
+
+def input_of(table: CellTable, rows: Rows) -> InputControl:
+    """Return control cells of a table with their counts, where it has them."""
+    counts = None if table.counts is None else table.counts[rows]
+    return InputControl(table.values[rows], counts)
+
+
+def halves(context: Context, settings: Settings, split: int) -> tuple[Side, Side]:
+    """Return the two halves of a context's conditions, each against its half of all controls."""
+    parts: list[list[sp.csr_matrix]] = [[], []]
+    for label, cells in zip(context.labels, context.cells, strict=True):
+        for part, rows in zip(parts, _split(cells, settings, context, split, label), strict=True):
+            part.append(cells[rows])
+    sides = []
+    controls = context.controls.values
+    for number, rows in enumerate(_split(controls, settings, context, split, "")):
+        control = control_of(controls[rows], settings, context.name, f"half {split} {number}")
+        sides.append(side_of(parts[number], control, settings))
+    return sides[0], sides[1]
+
+
+def _split(
+    cells: sp.csr_matrix, settings: Settings, context: Context, split: int, label: str
+) -> tuple[Rows, Rows]:
+    """Two disjoint halves of floor(n / 2) rows."""
+    order = keyed_order(cells.shape[0], settings.seed, "half", context.name, label, str(split))
+    half = cells.shape[0] // 2
+    return np.sort(order[:half]), np.sort(order[half : 2 * half])
