@@ -12,11 +12,12 @@ N = cells of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,25 +33,8 @@ from scale.data.draws import Integers
 from scale.data.prefetch import Prefetcher
 from scale.data.sampler import SetBlock, SetPlan
 from scale.data.store import CellSetStore
+from scale.data.vocabulary import ConditionTable
 from scale.types import Batch
-
-
-@dataclass(frozen=True, slots=True)
-class ConditionTable:
-    """What a batch says of each condition of the store, by condition id.
-
-    Parameters
-    ----------
-    component, dose
-        [conditions, J]; see :class:`scale.types.Batch`.
-    cell_type, batch
-        [conditions]
-    """
-
-    component: npt.NDArray[np.int64]
-    dose: npt.NDArray[np.float32]
-    cell_type: npt.NDArray[np.int64]
-    batch: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,23 +102,30 @@ class SetReader:
         self._first_chunk = store.conditions["first_chunk"].to_numpy(np.int64)
         self.was_read = np.zeros(len(store.chunks), np.bool_)
         """Chunks that cells were taken from so far."""
+        self._running: weakref.WeakSet[Prefetcher[Integers, Any]] = weakref.WeakSet()
 
     def batch(self, set_index_B: Integers) -> Batch:
         """Return the batch of some sets, given by their number in the whole run."""
         return self.to_device(self.read(set_index_B))
 
-    def batches(self, jobs: Iterator[Integers], *, num_threads: int, depth: int) -> Iterator[Batch]:
+    def batches(
+        self, jobs: Iterator[Integers], *, num_threads: int, depth: int
+    ) -> Generator[Batch, None, None]:
         """Yield the batch of each job, read ahead by threads.
 
         Closing the iterator, dropping it or an error ends the threads.
         """
-        if self._on_host:
-            with Prefetcher(jobs, self.batch, num_threads=num_threads, depth=depth) as ready:
-                yield from ready
-        else:
-            with Prefetcher(jobs, self.read, num_threads=num_threads, depth=depth) as read:
-                for host in read:
-                    yield self.to_device(host)
+        # on a CPU the threads decode too; on CUDA the consumer's stream does
+        work: Callable[[Integers], Batch | HostBatch] = self.batch if self._on_host else self.read
+        with Prefetcher(jobs, work, num_threads=num_threads, depth=depth) as ready:
+            self._running.add(ready)
+            for result in ready:
+                yield result if isinstance(result, Batch) else self.to_device(result)
+
+    def close(self) -> None:
+        """End the threads of all iterators."""
+        for prefetcher in list(self._running):
+            prefetcher.close()
 
     # --- plan to host batch -----------------------------------------------------------------------
 
