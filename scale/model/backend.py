@@ -1,0 +1,339 @@
+"""Who provides the layers: the one door of the model to Megatron-core and Transformer Engine.
+
+Two providers of the same modules under the same names: torch (Megatron's parallel linear maps,
+torch's scaled dot product attention, an RMSNorm that knows sequence parallelism) and Transformer
+Engine, taken only where it truly imports. Megatron classes and collectives that the other files of
+the model need are re-exported here.
+
+Shapes: S = cells per set, B = sets in the batch, H = heads, E = width of a head, D = width.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scale.config import Backend, Precision
+
+with warnings.catch_warnings():
+    # Remarks on Transformer Engine, Apex and torch.jit at import; which layers are used is logged.
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import (
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
+        reduce_from_tensor_model_parallel_region,
+    )
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType, ModelType
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlock,
+        TransformerBlockSubmodules,
+    )
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+    )
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+__all__ = [
+    "MegatronModule",
+    "ModelType",
+    "RMSNorm",
+    "SDPACoreAttention",
+    "TransformerBlock",
+    "TransformerConfig",
+    "TransformerLayer",
+    "block_config",
+    "build_block",
+    "choose_provider",
+    "copy_to_tensor_model_parallel_region",
+    "gather_from_sequence_parallel_region",
+    "make_sharded_tensors_for_checkpoint",
+    "reduce_from_tensor_model_parallel_region",
+    "tensor_parallel_rank",
+    "tensor_parallel_size",
+]
+
+logger = logging.getLogger(__name__)
+
+NORM_EPSILON = 1e-6
+
+
+def tensor_parallel_size() -> int:
+    """Return how many ranks share each set block."""
+    return int(parallel_state.get_tensor_model_parallel_world_size())
+
+
+def tensor_parallel_rank() -> int:
+    """Return which of them this one is."""
+    return int(parallel_state.get_tensor_model_parallel_rank())
+
+
+# --- layers of the torch provider ---------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, statistics in float32 at least.
+
+    Megatron's own torch norm ignores ``params_dtype`` and refuses sequence parallelism.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = NORM_EPSILON, **_: object
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Read by Megatron, which then sums the gradient over ranks that hold different cells.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x / rms(x) * weight in the dtype of ``x``."""
+        if x.dtype in (torch.bfloat16, torch.float16):
+            normal = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+            return normal.to(x.dtype) * self.weight
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class SDPACoreAttention(nn.Module):
+    """Bidirectional attention by torch's scaled dot product attention, for Megatron's attention.
+
+    Megatron's own torch attention materialises the scores: 2.5 times the memory at 1,024 cells.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query_SBHE: Tensor,
+        key_SBHE: Tensor,
+        value_SBHE: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: object | None = None,
+        **_: object,
+    ) -> Tensor:
+        """Return attended values [S, B, H E]; ``attention_mask`` is True where a key is hidden."""
+        if packed_seq_params is not None:
+            raise ValueError("packed sequences are not supported; sets have equal lengths")
+        attended_BHSE = F.scaled_dot_product_attention(
+            query_SBHE.permute(1, 2, 0, 3),
+            key_SBHE.permute(1, 2, 0, 3),
+            value_SBHE.permute(1, 2, 0, 3),
+            # torch's mask is True where a key is seen
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            scale=self.softmax_scale,
+        )
+        return attended_BHSE.permute(2, 0, 1, 3).flatten(2)
+
+
+class TorchSpecProvider(LocalSpecProvider):  # type: ignore[misc]
+    """Megatron's parallel linear maps with torch attention and norms."""
+
+    def core_attention(self) -> type:
+        """Return the attention between projections."""
+        return SDPACoreAttention
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:  # noqa: FBT001, FBT002
+        """Return the norm."""
+        return RMSNorm
+
+
+# --- choice -------------------------------------------------------------------------------------
+
+
+def choose_provider(backend: Backend) -> Any:
+    """Return the provider of layers and log once which it is and why.
+
+    Raises
+    ------
+    ValueError
+        If Transformer Engine was asked for and cannot be imported.
+    """
+    if backend is Backend.local:
+        logger.info("layers: torch SDPA (asked for)")
+        return TorchSpecProvider()
+    missing = _why_no_transformer_engine()
+    if missing is None:
+        logger.info("layers: Transformer Engine")
+        return _transformer_engine_provider()
+    if backend is Backend.te:
+        raise ValueError(f"model.backend=te, but {missing}; use model.backend=auto or local")
+    logger.info("layers: torch SDPA (%s)", missing)
+    return TorchSpecProvider()
+
+
+def _why_no_transformer_engine() -> str | None:
+    # Megatron's provider imports without Transformer Engine and then hands out empty classes, so
+    # the package itself is tried; a broken installation raises RuntimeError or OSError.
+    if not torch.cuda.is_available():
+        return "transformer_engine needs a CUDA device"
+    try:
+        import_module("transformer_engine.pytorch")
+    except ImportError:
+        return "transformer_engine is not installed"
+    except (RuntimeError, OSError) as error:
+        return f"transformer_engine does not import: {error}"
+    return None
+
+
+def _transformer_engine_provider() -> Any:
+    module = import_module("megatron.core.extensions.transformer_engine_spec_provider")
+
+    class TransformerEngineProvider(module.TESpecProvider):  # type: ignore[misc, name-defined]
+        """Transformer Engine's linear maps and norms; attention stays torch's.
+
+        Its attention ignores a mask in a layer built without one, and sets carry masks only where
+        they are not full.
+        """
+
+        def core_attention(self) -> type:
+            return SDPACoreAttention
+
+    return TransformerEngineProvider()
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def block_config(
+    *,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    ffn_hidden_size: int,
+    precision: Precision,
+    qk_norm: bool = False,
+    tensor_parallel: bool = True,
+) -> TransformerConfig:
+    """Return Megatron's settings of a stack of pre-norm SwiGLU layers without bias or dropout.
+
+    Parameters
+    ----------
+    hidden_size, num_layers, num_heads, ffn_hidden_size, qk_norm
+        Sizes of the stack.
+    precision
+        Number format of weights and activations.
+    tensor_parallel
+        Share the layers over the tensor parallel ranks; False = every rank holds them whole.
+    """
+    size = tensor_parallel_size() if tensor_parallel else 1
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_attention_heads=num_heads,
+        ffn_hidden_size=ffn_hidden_size,
+        tensor_model_parallel_size=size,
+        # More than one rank: they share cells wherever they do not share weights.
+        sequence_parallel=size > 1,
+        bf16=precision is Precision.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        normalization="RMSNorm",
+        layernorm_epsilon=NORM_EPSILON,
+        qk_layernorm=qk_norm,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        cuda_graph_scope=[],
+        use_cpu_initialization=True,
+        # Weights get their values by name; Megatron's own pass only sets their attributes.
+        init_method=nn.init.zeros_,
+        output_layer_init_method=nn.init.zeros_,
+    )
+
+
+def build_block(
+    config: TransformerConfig,
+    provider: Any,
+    layer: type[TransformerLayer] = TransformerLayer,
+) -> TransformerBlock:
+    """Return a stack of ``layer`` with a final norm.
+
+    Norms and linear maps are separate modules with both providers, so that both save the same
+    names and a modulation can stand between them.
+    """
+    norm = provider.layer_norm(rms_norm=True)
+    qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else None
+    specification = ModuleSpec(
+        module=layer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=provider.column_parallel_linear(),
+                    core_attention=provider.core_attention(),
+                    linear_proj=provider.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                params={"ffn_hidden_size": config.ffn_hidden_size},
+                submodules=MLPSubmodules(
+                    linear_fc1=provider.column_parallel_linear(),
+                    linear_fc2=provider.row_parallel_linear(),
+                ),
+            ),
+            mlp_bda=_bias_dropout_add,
+        ),
+    )
+    return TransformerBlock(
+        config,
+        TransformerBlockSubmodules(
+            layer_specs=[specification] * config.num_layers, layer_norm=norm
+        ),
+        pg_collection=_process_groups(config),
+    )
+
+
+def _bias_dropout_add(training: bool, fused: bool) -> Any:  # noqa: FBT001
+    """Return Megatron's residual step for layers that have neither bias nor dropout."""
+
+    def add(output_with_bias: tuple[Tensor, None], residual: Tensor, _: float) -> Tensor:
+        return residual + output_with_bias[0]
+
+    return add
+
+
+def _process_groups(config: TransformerConfig) -> ProcessGroupCollection:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if config.tensor_model_parallel_size == 1:
+        # Context parallelism is not offered, so its group is this rank alone.
+        groups.tp = groups.cp
+    return groups

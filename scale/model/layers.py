@@ -1,0 +1,265 @@
+"""Layers over the cells of a set, how cells are shared out over ranks, and initial weights by name.
+
+Megatron's blocks want the cells first; the transposition happens here and nowhere else.
+
+Shapes: B = sets in the batch, S = cells per set (of this rank where ranks share the cells),
+D = width, G = genes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scale.model.backend import (
+    TransformerConfig,
+    TransformerLayer,
+    build_block,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    tensor_parallel_rank,
+    tensor_parallel_size,
+)
+from scale.runtime import derive
+
+NUM_MODULATIONS = 6
+"""Shift, scale and gate of the attention, then of the feed-forward part."""
+
+
+class ConditionedLayer(TransformerLayer):  # type: ignore[misc]
+    r"""Pre-norm layer whose norms and residual branches are modulated by the condition.
+
+    .. math:: x \mathrel{+}= g_1 \, \mathrm{Attention}(\mathrm{RMSNorm}(x) (1 + a_1) + b_1), \quad
+              x \mathrel{+}= g_2 \, \mathrm{SwiGLU}(\mathrm{RMSNorm}(x) (1 + a_2) + b_2)
+
+    The six rows are those of the condition plus a table of the layer (adaLN-single): a matrix per
+    layer would hold more than a quarter of the weights. They travel as Megatron's ``context``.
+    """
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        table = torch.zeros(NUM_MODULATIONS, config.hidden_size, dtype=config.params_dtype)
+        table[2::3] = 1.0  # gates
+        self.modulation = constant_start(nn.Parameter(table))
+        act_on_own_cells([self.modulation])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        **_: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return new cells [S, B, D] and the condition [B, 6, D], unchanged, for the next layer."""
+        assert context is not None, "a conditioned layer needs the modulation"
+        rows_B6D = (context + self.modulation).to(hidden_states.dtype)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = rows_B6D.unbind(1)
+        x_SBD = hidden_states
+        normal_SBD = self.input_layernorm(x_SBD)
+        attended_SBD, _bias = self.self_attention(
+            torch.addcmul(shift_1, normal_SBD, 1 + scale_1), attention_mask=attention_mask
+        )
+        x_SBD = torch.addcmul(x_SBD, gate_1, attended_SBD)
+        normal_SBD = self.pre_mlp_layernorm(x_SBD)
+        fed_SBD, _bias = self.mlp(torch.addcmul(shift_2, normal_SBD, 1 + scale_2))
+        return torch.addcmul(x_SBD, gate_2, fed_SBD), context
+
+
+class SetBlocks(nn.Module):
+    """The stack of conditioned layers over the cells of a set: bidirectional, without positions."""
+
+    def __init__(self, config: TransformerConfig, provider: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.stack = build_block(config, provider, ConditionedLayer)
+
+    def forward(self, x_BSD: Tensor, modulation_B6D: Tensor, mask_BS: Tensor | None) -> Tensor:
+        """Return the normalised output for this rank's cells.
+
+        Parameters
+        ----------
+        x_BSD
+            This rank's cells.
+        modulation_B6D
+            The condition, equal on all ranks that share cells.
+        mask_BS
+            True for real cells, of the whole set; None where all are real, which keeps the fast
+            attention kernels.
+        """
+        hidden_B11S = None if mask_BS is None else ~mask_BS[:, None, None, :]
+        out_SBD = self.stack(
+            x_BSD.transpose(0, 1).contiguous(),
+            attention_mask=hidden_B11S,
+            context=spread_over_cells(modulation_B6D),
+        )
+        out_BSD: Tensor = out_SBD.transpose(0, 1)
+        return out_BSD
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Return the stack's own sharded state."""
+        state: dict[str, Any] = self.stack.sharded_state_dict(
+            f"{prefix}stack.", sharded_offsets, metadata
+        )
+        return state
+
+
+class Readout(nn.Module):
+    """Cells of the set blocks -> change of expression; starts at zero.
+
+    Parameters
+    ----------
+    hidden_size
+        Width of a cell, D.
+    ffn_hidden_size
+        Width of the SwiGLU, or None for one linear map.
+    num_genes
+        Outputs, G.
+    dtype
+        Of the weights.
+    """
+
+    def __init__(
+        self, hidden_size: int, ffn_hidden_size: int | None, num_genes: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        width = hidden_size if ffn_hidden_size is None else ffn_hidden_size
+        self.gate_and_up = (
+            None
+            if ffn_hidden_size is None
+            else nn.Linear(hidden_size, 2 * ffn_hidden_size, bias=False, dtype=dtype)
+        )
+        self.genes = nn.Linear(width, num_genes, dtype=dtype)
+        for parameter in self.genes.parameters():
+            constant_start(parameter)
+            nn.init.zeros_(parameter)
+        act_on_own_cells(self.parameters())
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return the change per gene in the dtype of the weights."""
+        if self.gate_and_up is not None:
+            gate, up = self.gate_and_up(x_BSD).chunk(2, dim=-1)
+            x_BSD = nn.functional.silu(gate) * up
+        change_BSG: Tensor = self.genes(x_BSD)
+        return change_BSG
+
+
+# --- cells shared by tensor parallel ranks -------------------------------------------------------
+
+
+def own_cells(x_BS: Tensor) -> Tensor:
+    """Return this rank's share of the cells (dimension 1)."""
+    size = tensor_parallel_size()
+    if size == 1:
+        return x_BS
+    share = x_BS.shape[1] // size
+    return x_BS.narrow(1, tensor_parallel_rank() * share, share)
+
+
+def gather_cells(x_BSG: Tensor) -> Tensor:
+    """Return the cells of all ranks that share a set; each rank's gradient is its own share.
+
+    The loss is the same on each of these ranks, so the gradient is cut and not summed.
+    """
+    if tensor_parallel_size() == 1:
+        return x_BSG
+    gathered_SBG: Tensor = gather_from_sequence_parallel_region(
+        x_BSG.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False
+    )
+    return gathered_SBG.transpose(0, 1)
+
+
+def spread_over_cells(x: Tensor) -> Tensor:
+    """Return a value that all ranks have and each uses for its own cells; gradients are summed."""
+    if tensor_parallel_size() == 1:
+        return x
+    spread: Tensor = copy_to_tensor_model_parallel_region(x)
+    return spread
+
+
+def act_on_own_cells(parameters: Iterable[nn.Parameter]) -> None:
+    """Mark weights that every rank holds whole and applies to its own cells.
+
+    Megatron then sums their gradients over those ranks, and counts them once in the gradient norm:
+    its linear maps call themselves parallel in a group of one, too.
+    """
+    for parameter in parameters:
+        parameter.sequence_parallel = True  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+        parameter.partition_dim = -1  # type: ignore[attr-defined]
+        parameter.partition_stride = 1  # type: ignore[attr-defined]
+
+
+# --- initial weights by name ----------------------------------------------------------------------
+
+
+def constant_start(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter that keeps the value it was made with."""
+    parameter.starts_constant = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def embedding_start(parameter: nn.Parameter, deviation: float) -> nn.Parameter:
+    """Mark a table or seed that starts with a given standard deviation."""
+    parameter.initial_deviation = deviation  # type: ignore[attr-defined]
+    return parameter
+
+
+@torch.no_grad()
+def initialise_by_name(model: nn.Module, seed: int, num_layers: dict[str, int]) -> None:
+    """Draw every matrix from a generator of its own, keyed by (seed, name).
+
+    The whole matrix is drawn and then cut, so that every layout of ranks starts from the same
+    weights. Matrices have standard deviation 1 / sqrt(inputs); output projections of a stack of L
+    layers are divided by sqrt(2 L), so that a deep stack starts with unit growth.
+
+    Parameters
+    ----------
+    model
+        Norms, biases and what :func:`constant_start` marked keep their values.
+    seed
+        Of the run.
+    num_layers
+        Layers by the prefix of a stack's names.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or getattr(parameter, "starts_constant", False):
+            continue
+        deviation = getattr(parameter, "initial_deviation", None)
+        if deviation is None:
+            deviation = 1.0 / math.sqrt(_inputs(name, parameter))
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            layers = next(n for prefix, n in num_layers.items() if name.startswith(prefix))
+            deviation /= math.sqrt(2 * layers)
+        parameter.copy_(_draw(name, parameter, seed).mul_(deviation))
+
+
+def _inputs(name: str, parameter: nn.Parameter) -> int:
+    """Return the inputs of a map [outputs, inputs], or of one per patch [T, inputs, width]."""
+    size = int(parameter.shape[1])
+    is_cut = getattr(parameter, "tensor_model_parallel", False)
+    if is_cut and getattr(parameter, "partition_dim", -1) == 1:
+        size *= tensor_parallel_size()
+    return size
+
+
+def _draw(name: str, parameter: nn.Parameter, seed: int) -> Tensor:
+    word = int.from_bytes(sha256(name.encode()).digest()[:8], "little")
+    generator = torch.Generator().manual_seed(derive(seed, word) >> 1)
+    shape = list(parameter.shape)
+    size = tensor_parallel_size()
+    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return torch.randn(shape, generator=generator)
+    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    stride = parameter.partition_stride  # type: ignore[attr-defined]
+    shape[dim] *= size
+    whole = torch.randn(shape, generator=generator)
+    # SwiGLU keeps gate and up halves on each rank (stride 2): each half is cut by itself.
+    pieces = [part.chunk(size, dim)[tensor_parallel_rank()] for part in whole.chunk(stride, dim)]
+    return torch.cat(pieces, dim)
