@@ -229,9 +229,9 @@ class Engine:
                 facts,
             ]
         )
-        rows = row.new_empty(self.layout.world_size * row.numel())
-        dist.all_gather_into_tensor(rows, row)
-        table = rows.view(self.layout.world_size, -1).cpu()
+        rows = [torch.empty_like(row) for _ in range(self.layout.world_size)]
+        dist.all_gather(rows, row)
+        table = torch.stack(rows).cpu()
         return _Told(names, table[:, : 1 + len(names)], table[:, 1 + len(names) :])
 
     def _refuse_non_finite(self, told: _Told, step: int) -> None:

@@ -49,7 +49,7 @@ def learning_rate(
     warmup = min(warmup_steps, max_steps)
     if step <= warmup:
         return peak * step / warmup
-    done = min(1.0, (step - warmup) / (max_steps - warmup))
+    done = min(1.0, (step - warmup) / max(1, max_steps - warmup))
     return peak * (final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * done)))
 
 

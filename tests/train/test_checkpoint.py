@@ -1,0 +1,283 @@
+"""Checkpoints: bitwise in the same layout, close in another; whole or not there; export."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import RankContext, run_ranks
+from test_engine import make_engine, share, weights_hash
+
+from scale.config import ModelConfig, ObjectiveConfig, Precision
+from scale.train import manifest as files
+from scale.train.record import ModelRecord, TrainingState
+from scale.types import CheckpointError, Vocabulary
+
+RECORD = ModelRecord(
+    model=ModelConfig(
+        hidden_size=8,
+        num_layers=1,
+        num_heads=2,
+        ffn_hidden_size=16,
+        set_size=4,
+        num_summary_cells=4,
+        lr=1e-3,
+    ),
+    objective=ObjectiveConfig(),
+    precision=Precision.fp32,
+)
+VOCABULARY = Vocabulary(
+    genes=tuple(f"g{i}" for i in range(10)),
+    components=("", "control", "drug"),
+    cell_types=("line",),
+    batches=(),
+    perturbations=("drug",),
+    control="DMSO",
+    perturbation_key="drug",
+    cell_type_key="line",
+    batch_key=None,
+    dose_key=None,
+    separator=None,
+    target_sum=1e4,
+    value_scale=1.0,
+)
+
+
+def save(engine, run_dir: Path, step: int, keep_last: int = 2) -> Path:
+    from scale.train.checkpoint import save_checkpoint
+
+    state = TrainingState(step=step, consumed_sets=4 * step, data={"seed": 0}, loop={})
+    return save_checkpoint(
+        run_dir, engine, state, record=RECORD, vocabulary=VOCABULARY, keep_last=keep_last
+    )
+
+
+def train_and_save(context: RankContext, tensor_size: int, run_dir: str, options: dict):
+    """Three steps, save, three more: the end is what a resumed run must reach."""
+    with context.layout(
+        tensor_size=tensor_size, distributed_optimizer=options.get("distributed", False)
+    ) as layout:
+        engine = make_engine(layout, **options)
+        for n in range(3):
+            engine.step(share(layout, n), step=n + 1, lr=1e-2)
+        path = save(engine, Path(run_dir), 3)
+        losses = [engine.step(share(layout, n), step=n + 1, lr=1e-2).loss for n in range(3, 6)]
+        return str(path), losses, weights_hash(engine)
+
+
+def load_and_train(context: RankContext, tensor_size: int, path: str, options: dict):
+    from scale.train.checkpoint import load_checkpoint
+
+    with context.layout(
+        tensor_size=tensor_size, distributed_optimizer=options.get("distributed", False)
+    ) as layout:
+        engine = make_engine(layout, **(options | {"seed": 99}))
+        state = load_checkpoint(Path(path), engine)
+        assert state == TrainingState(step=3, consumed_sets=12, data={"seed": 0}, loop={})
+        losses = [engine.step(share(layout, n), step=n + 1, lr=1e-2).loss for n in range(3, 6)]
+        return losses, weights_hash(engine)
+
+
+@pytest.mark.parametrize(
+    ("size", "tensor_size", "options"),
+    [
+        (1, 1, {}),
+        (1, 1, {"precision": Precision.bf16}),
+        (2, 2, {}),
+        (2, 2, {"precision": Precision.bf16}),
+        (2, 1, {}),
+    ],
+    ids=["alone", "alone_bf16", "tensor2", "tensor2_bf16", "data2"],
+)
+def test_same_layout_goes_on_bitwise(tmp_path, size, tensor_size, options):
+    first = run_ranks(train_and_save, size, tmp_path, tensor_size, str(tmp_path), options)
+    again = run_ranks(load_and_train, size, tmp_path, tensor_size, first[0][0], options)
+    for (_, losses, end), (resumed, reached) in zip(first, again, strict=True):
+        assert resumed == losses
+        assert reached == end
+
+
+@pytest.mark.parametrize(
+    ("tensor_size", "new_size", "new_tensor_size"),
+    [(2, 1, 1), (1, 1, 1), (1, 2, 2)],
+    ids=["tensor2_to_1", "data2_to_1", "data2_to_tensor2"],
+)
+def test_another_layout_goes_on_closely(tmp_path, tensor_size, new_size, new_tensor_size):
+    path, losses, _ = run_ranks(train_and_save, 2, tmp_path, tensor_size, str(tmp_path), {})[0]
+    for resumed, _ in run_ranks(load_and_train, new_size, tmp_path, new_tensor_size, path, {}):
+        np.testing.assert_allclose(resumed, losses, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with checkpoints of steps 1 to 4, of which the last three are kept."""
+    run_dir = tmp_path_factory.mktemp("run")
+    run_ranks(save_four, 1, run_dir, str(run_dir))
+    return run_dir
+
+
+def save_four(context: RankContext, run_dir: str):
+    with context.layout() as layout:
+        engine = make_engine(layout)
+        for n in range(4):
+            engine.step(share(layout, n), step=n + 1, lr=1e-2)
+            save(engine, Path(run_dir), n + 1, keep_last=3)
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    import shutil
+
+    shutil.copytree(source, target)
+    return target
+
+
+def test_run_directory_is_what_it_says(saved):
+    folder = saved / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "last",
+        "step_00000002",
+        "step_00000003",
+        "step_00000004",
+    ]
+    assert (folder / "last").read_text() == "step_00000004\n"
+    manifest = files.read_manifest(folder / "step_00000004")
+    assert manifest["step"] == 4
+    assert manifest["consumed_sets"] == 16
+    assert manifest["layout"]["world_size"] == 1
+    inside = {
+        str(p.relative_to(folder / "step_00000004"))
+        for p in (folder / "step_00000004").rglob("*")
+        if p.is_file()
+    }
+    assert inside == {*manifest["files"], "manifest.json"}
+    assert Vocabulary.read(folder / "step_00000004" / "vocabulary.json") == VOCABULARY
+    assert ModelRecord.read(folder / "step_00000004" / "model.json") == RECORD
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert str(saved).encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("name", ["weights/common.pt", "state.json", "weights/__0_0.distcp"])
+def test_damage_is_named_and_the_one_before_is_used(saved, tmp_path, caplog, name):
+    run_dir = copy_run(saved, tmp_path / "run")
+    newest = run_dir / "checkpoints" / "step_00000004"
+    blob = bytearray((newest / name).read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (newest / name).write_bytes(blob)
+    with pytest.raises(CheckpointError, match=f"damaged: {name} has sha256"):
+        files.find_checkpoint(newest)
+    with caplog.at_level(logging.WARNING, logger="scale"):
+        assert files.find_checkpoint(run_dir).name == "step_00000003"
+    assert name in caplog.text
+
+
+def test_cut_missing_and_unfinished_checkpoints(saved, tmp_path):
+    run_dir = copy_run(saved, tmp_path / "run")
+    folder = run_dir / "checkpoints"
+    with (folder / "step_00000004" / "model.json").open("r+b") as handle:
+        handle.truncate(10)
+    with pytest.raises(CheckpointError, match="model.json has 10 bytes, expected"):
+        files.find_checkpoint(folder / "step_00000004")
+    (folder / "step_00000003" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no manifest.json"):
+        files.find_checkpoint(folder / "step_00000003")
+    (folder / "step_00000002" / "vocabulary.json").unlink()
+    with pytest.raises(CheckpointError, match="vocabulary.json is missing"):
+        files.find_checkpoint(folder / "step_00000002")
+    (folder / "step_00000009.partial").mkdir()
+    assert files.newest_checkpoint(run_dir) is None
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
+        files.find_checkpoint(run_dir)
+
+
+def test_other_formats_are_refused(saved, tmp_path):
+    run_dir = copy_run(saved, tmp_path / "run")
+    newest = run_dir / "checkpoints" / "step_00000004"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["format_version"] = 7
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="has format 7 .* this version reads format 1"):
+        files.find_checkpoint(newest)
+
+
+def wrong_kind(context: RankContext, path: str):
+    from scale.train.checkpoint import load_checkpoint
+
+    with context.layout() as layout:
+        engine = make_engine(layout, precision=Precision.bf16)
+        with pytest.raises(CheckpointError, match=r"'fp32', this run 'float16'; keep trainer.prec"):
+            load_checkpoint(Path(path), engine)
+
+
+def test_optimizer_of_another_kind_is_refused(saved, tmp_path):
+    run_ranks(wrong_kind, 1, tmp_path, str(saved / "checkpoints" / "step_00000004"))
+
+
+def place_average(context: RankContext, tensor_size: int, source: str):
+    """Whole weights into a new model: the function is the one that was averaged."""
+    from toy_model import ToyModel, make_batch
+
+    from scale.train.checkpoint import place_weights
+    from scale.train.export import read_average
+
+    with context.layout(tensor_size=tensor_size):
+        model = ToyModel(tensor_size=tensor_size, seed=5)
+        place_weights(model, read_average(Path(source)))
+        with torch.no_grad():
+            return float(model(make_batch(0, 4)).total)
+
+
+def averaged_loss(context: RankContext, path: str):
+    from toy_model import make_batch
+
+    from scale.train.checkpoint import load_checkpoint
+
+    with context.layout() as layout:
+        engine = make_engine(layout, seed=3)
+        load_checkpoint(Path(path), engine)
+        with engine.averaged_weights(), torch.no_grad():
+            return float(engine.model(make_batch(0, 4)).total)
+
+
+def test_export_is_the_moving_average_in_any_layout(saved, tmp_path):
+    from scale.train.export import export_model, read_average
+
+    checkpoint = saved / "checkpoints" / "step_00000004"
+    export = export_model(checkpoint, tmp_path / "export")
+    assert sorted(p.name for p in export.iterdir()) == [
+        "model.json",
+        "model.safetensors",
+        "vocabulary.json",
+    ]
+    expected = run_ranks(averaged_loss, 1, tmp_path, str(checkpoint))[0]
+    assert run_ranks(place_average, 1, tmp_path, 1, str(export)) == [expected]
+    assert run_ranks(place_average, 1, tmp_path, 1, str(checkpoint)) == [expected]
+    for loss in run_ranks(place_average, 2, tmp_path, 2, str(export)):
+        assert loss == pytest.approx(expected, rel=1e-6)
+    blob = bytearray((export / "model.safetensors").read_bytes())
+    blob[-1] ^= 1
+    (export / "model.safetensors").write_bytes(blob)
+    with pytest.raises(CheckpointError, match=r"model.safetensors has sha256"):
+        read_average(export)
+
+
+def test_newest_of_export_and_checkpoints_is_found(saved, tmp_path):
+    from scale.train.export import export_model, find_weights
+
+    run_dir = copy_run(saved, tmp_path / "run")
+    assert find_weights(run_dir).name == "step_00000004"
+    export_model(run_dir / "checkpoints" / "step_00000003", run_dir / "export")
+    assert find_weights(run_dir).name == "step_00000004"
+    export_model(run_dir / "checkpoints" / "step_00000004", run_dir / "export")
+    assert find_weights(run_dir) == run_dir / "export"
+    assert find_weights(run_dir / "export") == run_dir / "export"
+
+
+def test_settings_of_another_version_are_named(tmp_path):
+    record = RECORD.to_json()
+    record["model"]["num_wings"] = 2
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"cannot be read .*unknown settings: num_wings"):
+        ModelRecord.read(tmp_path / "model.json")
