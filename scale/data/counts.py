@@ -8,6 +8,7 @@ Shapes: N = cells of a block, M = stored values of a block.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from scale.config import CountsPolicy
 from scale.data.source import H5adFile
 from scale.runtime import derive
 from scale.types import SourceError
+
+logger = logging.getLogger(__name__)
 
 MAX_COUNT = 1 << 24
 """The last whole number up to which float32 holds every one."""
@@ -107,10 +110,11 @@ def find_counts(
         with np.errstate(invalid="ignore"):
             if len(block.data) and not (np.isfinite(block.data).all() and block.data.min() >= 0):
                 _refuse_value(file, location, start + np.arange(block.shape[0]), block)
+    hint = "" if library_N is None else ", or check that columns.library fits the matrix"
     raise SourceError(
         f"{file.name}: {location} is not counts ({_describe(file, location)}) and counts could be "
         f"recovered for {100 * shares[location]:.1f} % of cells, {100 * REQUIRED_SHARE:g} % are "
-        "needed; set counts to a matrix of counts"
+        f"needed; set counts to a matrix of counts{hint}"
     )
 
 
@@ -226,6 +230,7 @@ def _try_recovery(
         if library_N is not None:
             libraries.append(library_N[start : start + block.shape[0]])
     if library_N is None:
+        _warn_if_cut(file, location)
         return float(np.concatenate(exact).mean()), None
     # Most cells have no common factor, so that the median of s * library is the target sum.
     product = np.concatenate(scales) * np.concatenate(libraries)
@@ -239,6 +244,27 @@ def _try_recovery(
         ]
     ).mean()
     return float(share), target_sum
+
+
+def _warn_if_cut(file: H5adFile, location: str) -> None:
+    """Say so if the totals that the values were normalised to are those of other genes too."""
+    totals = np.concatenate(
+        [
+            np.asarray(block.astype(np.float64).expm1().sum(axis=1)).ravel()
+            for _, block in _sample(file, location)
+        ]
+    )
+    totals = totals[totals > 0]
+    if len(totals) and totals.max() > 1.01 * totals.min():
+        logger.warning(
+            "%s: the normalised values of %s do not sum to one total per cell (%.0f to %.0f), so "
+            "that it was cut to some genes; give columns.library, or normalised values will "
+            "differ from the source's",
+            file.name,
+            location,
+            totals.min(),
+            totals.max(),
+        )
 
 
 def _describe(file: H5adFile, location: str) -> str:

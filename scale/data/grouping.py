@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -144,17 +145,22 @@ class CellGroups:
 
     def read(self, conditions: npt.NDArray[np.int64]) -> Iterator[GroupedCells]:
         """Yield the cells of each of the ``conditions`` (ascending), in their final order."""
-        held = None
+        if not self._runs:
+            yield from self._read_held(conditions)
+            return
         if self._held:
-            held = self._sorted(GroupedCells.concatenate(self._held))
-            self._held = [held]
-        for condition in conditions:
-            parts = [self._read_segment(run, int(condition)) for run in self._runs]
-            if held is not None:
-                first, last = np.searchsorted(held.condition_N, [condition, condition + 1])
-                parts.append(held.take(slice(int(first), int(last))))
-            cells = GroupedCells.concatenate([p for p in parts if p is not None])
-            yield self._sorted(cells) if self._runs else cells
+            self._spill()
+        with self._spill_file.open("rb") as handle:
+            for condition in conditions.tolist():
+                parts = [self._read_segment(handle, run, condition) for run in self._runs]
+                yield self._sorted(GroupedCells.concatenate([p for p in parts if p is not None]))
+
+    def _read_held(self, conditions: npt.NDArray[np.int64]) -> Iterator[GroupedCells]:
+        held = self._sorted(GroupedCells.concatenate(self._held))
+        self._held = [held]
+        for condition in conditions.tolist():
+            first, last = np.searchsorted(held.condition_N, [condition, condition + 1]).tolist()
+            yield held.take(slice(first, last))
 
     # --- order and spill ------------------------------------------------------------------------
 
@@ -181,14 +187,13 @@ class CellGroups:
         self.spilled_bytes = offsets[-1]
         self._runs.append(_Run(condition_C, np.array(offsets, dtype=np.int64)))
 
-    def _read_segment(self, run: _Run, condition: int) -> GroupedCells | None:
+    def _read_segment(self, handle: BinaryIO, run: _Run, condition: int) -> GroupedCells | None:
         at = int(np.searchsorted(run.condition_C, condition))
         if at == len(run.condition_C) or run.condition_C[at] != condition:
             return None
         first, last = run.offset_C[at : at + 2].tolist()
-        with self._spill_file.open("rb") as handle:
-            handle.seek(first)
-            blob = zstandard.ZstdDecompressor().decompress(handle.read(last - first))
+        handle.seek(first)
+        blob = zstandard.ZstdDecompressor().decompress(handle.read(last - first))
         return _unpack(blob, condition, self._num_genes)
 
     @property

@@ -9,6 +9,7 @@ and the seed, not on how the input was cut into files of equal order, blocks or 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,8 +127,7 @@ def prepare(
         If there is a store already.
     """
     path = Path(config.store)
-    if path.exists() and not config.overwrite:
-        raise StoreError(f"{path} exists; give another store=, or overwrite=true")
+    _check_target(path, overwrite=config.overwrite)
     files = (
         [] if config.source.format is SourceFormat.synthetic else find_files(config.source.files)
     )
@@ -158,6 +158,15 @@ def prepare(
         with writer:
             _write(writer, conditions, groups, np.flatnonzero(keep_C), progress)
         return _report(config, reader, conditions, groups, keep_C, len(genes.columns))
+
+
+def _check_target(path: Path, *, overwrite: bool) -> None:
+    """Find out now, not after hours of reading, whether the store can be written."""
+    if path.exists() and not overwrite:
+        raise StoreError(f"{path} exists; give another store=, or overwrite=true")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise StoreError(f"{path} cannot be written: {parent} is no writable directory")
 
 
 def _sources(config: PrepareConfig, files: list[Path]) -> list[Source]:
