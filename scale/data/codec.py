@@ -175,11 +175,10 @@ def encode_chunk(cells: CsrCounts, *, codec: Codec) -> bytes:
     size = np.diff(cells.indptr_P)
     if not 1 <= len(size) <= CHUNK_CELLS or size.max() > LARGEST_ROW:
         raise ValueError(f"{len(size)} cells, most non-zeros {size.max(initial=0)}: no chunk")
-    column = cells.indices_M.astype(np.int64)
-    gap = column - 1
-    gap[1:] -= column[:-1]
+    gap = cells.indices_M - 1
+    gap[1:] -= cells.indices_M[:-1]
     first = cells.indptr_P[:-1][size > 0]
-    gap[first] = column[first]
+    gap[first] = cells.indices_M[first]
     less = cells.counts_M - np.uint32(1)
     gap_position = np.flatnonzero(gap > 255)
     count_position = np.flatnonzero(less > 255)

@@ -130,35 +130,41 @@ def checked_counts(
         raise SourceError(f"{name}: {len(library)} libraries for {num_cells} cells")
     if not counts.has_sorted_indices:
         counts = counts.sorted_indices()
-    value = np.asarray(counts.data)
-    row = np.repeat(np.arange(num_cells), np.diff(counts.indptr))
+    value, column = np.asarray(counts.data), np.asarray(counts.indices)
+    indptr = np.asarray(counts.indptr, dtype=np.int64)
+    library = np.asarray(library)
 
     def refuse(bad: npt.NDArray[np.bool_], what: str) -> None:
         if bad.any():
-            i = int(np.argmax(bad))
-            cell = i if len(bad) == num_cells and what.startswith("library") else int(row[i])
-            raise SourceError(f"{name}, cell {cell}: {what}")
+            entry = int(np.argmax(bad))
+            cell = int(np.searchsorted(indptr, entry, side="right")) - 1
+            raise SourceError(f"{name}, cell {cell}: {what}, gene {column[entry]}: {value[entry]}")
 
     if value.dtype.kind == "f":
-        refuse(~np.isfinite(value), "count that is not finite")
-        refuse(value != np.floor(value), "count that is not a whole number")
-    refuse(value < 0, "negative count")
-    refuse(value > LARGEST_COUNT, f"count above {LARGEST_COUNT}")
-    refuse(
-        (np.diff(counts.indices, prepend=-1) == 0) & (np.diff(row, prepend=-1) == 0), "gene twice"
-    )
-    library = np.asarray(library)
-    refuse(~((library >= 1) & (library < 1 << 32)), "library is not between 1 and 2^32")
-    kept = value > 0
-    size = np.bincount(row[kept], minlength=num_cells)
+        refuse(~np.isfinite(value), "a count that is not finite")
+        refuse(value != np.floor(value), "a count that is not whole")
+    refuse(value < 0, "a negative count")
+    refuse(value > LARGEST_COUNT, f"a count above {LARGEST_COUNT}")
+    is_repeated = np.zeros(len(column), dtype=bool)
+    np.equal(column[1:], column[:-1], out=is_repeated[1:])
+    is_repeated[indptr[:-1][np.diff(indptr) > 0]] = False
+    refuse(is_repeated, "two counts of one gene")
+    if (bad := ~((library >= 1) & (library < 1 << 32))).any():
+        cell = int(np.argmax(bad))
+        raise SourceError(f"{name}, cell {cell}: library {library[cell]}, not in 1 .. 2^32 - 1")
+    if not value.all():
+        kept = value != 0
+        indptr = np.concatenate([[0], np.cumsum(kept)])[indptr]
+        value, column = value[kept], column[kept]
+    size = np.diff(indptr)
     if size.max() > LARGEST_ROW:
         raise SourceError(
             f"{name}, cell {size.argmax()}: more than {LARGEST_ROW} genes with counts"
         )
     return CsrCounts(
-        np.concatenate([[0], np.cumsum(size)]),
-        counts.indices[kept].astype(np.int32),
-        value[kept].astype(np.uint32),
+        indptr,
+        column.astype(np.int32, copy=False),
+        value.astype(np.uint32, copy=False),
         library.astype(np.uint32),
         None if batch_codes is None else _codes(name, np.asarray(batch_codes), num_cells),
     )

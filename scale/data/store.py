@@ -24,25 +24,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 from scale.data.codec import CHUNK_CELLS, CellChunk, parse_chunk
 from scale.data.csr import NO_BATCH, CsrCounts, IntArray
 from scale.data.genes import GeneVocabulary
 from scale.data.shards import Shards
-from scale.data.store_files import CHUNK_DTYPE, check_files, read_manifest
+from scale.data.store_files import ADDED_COLUMNS, CHUNK_DTYPE, check_files, read_manifest
+from scale.data.tables import StoreTables
 from scale.runtime import derive, mix64_array
-from scale.types import Component, Condition, Perturbation, StoreError
+from scale.types import Condition, Perturbation, StoreError
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from torch import Tensor
 
     from scale.data.compact import CompactCells
-
-ADDED_COLUMNS = ("library", "condition", "is_control", "source_cell", "control_fold")
-"""Columns that ``to_anndata`` adds to those of the source."""
 
 _FOLD_PURPOSE = 5  # purposes 1 to 4 are the plan's
 
@@ -106,15 +103,7 @@ class CellSetStore:
         path = Path(path)
         manifest = read_manifest(path)
         check_files(path, manifest["files"], with_shards=verify == "full")
-        genes = pd.read_parquet(path / "genes.parquet")
-        genes = genes[genes["column"] >= 0].sort_values("column")
-        ids = None if genes["ensembl_id"].isna().any() else tuple(genes["ensembl_id"])
-        codes = pq.read_table(path / "codes.parquet").to_pylist()
-        names = {
-            kind: tuple(row["name"] for row in codes if row["kind"] == kind)
-            for kind in ("cell_type", "batch")
-        }
-        perturbations = pq.read_table(path / "perturbations.parquet").to_pylist()
+        tables = StoreTables.read(path)
         chunks = np.load(path / "chunks.npy", mmap_mode="r")
         shards = [f["path"] for f in manifest["files"] if f["path"].startswith("shards/")]
         if chunks.dtype != CHUNK_DTYPE or len(chunks) != manifest["num_chunks"]:
@@ -122,14 +111,11 @@ class CellSetStore:
         return cls(
             path,
             manifest,
-            GeneVocabulary(tuple(genes["symbol"]), ids),
-            _read_conditions(path, names),
-            tuple(
-                Perturbation(tuple(Component(**component) for component in row["components"]))
-                for row in perturbations
-            ),
-            tuple(row["label"] for row in perturbations),
-            names["batch"],
+            tables.genes,
+            tables.conditions,
+            tables.perturbations,
+            tables.labels,
+            tables.batches,
             chunks,
             Shards(path, shards),
             np.zeros(len(chunks), dtype=bool),
@@ -295,8 +281,9 @@ class CellSetStore:
         AnnData
             ``X`` float32 CSR counts. ``obs`` under the source's column names: the perturbation
             (the source's text), cell type, batch and dose; and the columns of ``ADDED_COLUMNS``:
-            counts over the library genes, condition id, whether it is a control, ``c<id>:<row>``,
-            and the half of its control pool (-1 for treated cells).
+            counts over the library genes, condition id (not where the source has a column of
+            this name), whether it is a control, ``c<id>:<row>``, and the half of its control pool
+            (-1 for treated cells).
         """
         from anndata import AnnData
 
@@ -369,18 +356,6 @@ class CellSetStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _read_conditions(path: Path, names: dict[str, tuple[str, ...]]) -> pd.DataFrame:
-    """Return conditions.parquet with names in place of codes."""
-    table = pd.read_parquet(path / "conditions.parquet").set_index("id")
-
-    def named(kind: str) -> npt.NDArray[Any]:
-        by_code = np.array([*names[kind], None], dtype=object)  # code -1 is the last: None
-        return np.asarray(by_code[table[kind].to_numpy()])
-
-    table["cell_type"], table["batch"] = named("cell_type"), named("batch")
-    return table
 
 
 def control_fold(condition: Condition, num_cells: int) -> npt.NDArray[np.int8]:

@@ -32,6 +32,11 @@ CHUNK_DTYPE = np.dtype(
         ("reserved", "<u4"),
     ]
 )
+COLUMN_KEYS = ("perturbation", "cell_type", "batch", "dose", "library", "separator")
+"""What the manifest says of the source's columns."""
+ADDED_COLUMNS = ("library", "condition", "is_control", "source_cell", "control_fold")
+"""Columns that ``CellSetStore.to_anndata`` adds to those of the source."""
+
 _BLOCK = 1 << 20
 
 
@@ -117,8 +122,8 @@ def fingerprint(
     facts
         What holds for all cells.
     conditions
-        Names and size of each condition, with the index entries of its chunks. Neither their order
-        nor where a chunk lies enters the hash.
+        Names of each condition, with the index entries of its chunks. Neither the order of the
+        conditions nor where a chunk lies enters the hash.
     """
     digest = sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
     named = {json.dumps(name, separators=(",", ":")): chunks for name, chunks in conditions}

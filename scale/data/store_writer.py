@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from scale.config import Codec
 from scale.data.codec import CHUNK_CELLS, KIND_COUNTS, encode_chunk
@@ -27,7 +25,9 @@ from scale.data.genes import GeneVocabulary
 from scale.data.partial import PartialDirectory
 from scale.data.shards import ShardWriter
 from scale.data.store_files import (
+    ADDED_COLUMNS,
     CHUNK_DTYPE,
+    COLUMN_KEYS,
     MANIFEST,
     SCHEMA,
     SCHEMA_VERSION,
@@ -35,13 +35,11 @@ from scale.data.store_files import (
     fingerprint,
     seal,
 )
+from scale.data.tables import checked_gene_table, perturbation_table, write_conditions, write_table
 from scale.runtime import package_version, sync_directory, versions
 from scale.types import Condition, Perturbation, SourceError, StoreError
 
 _CELLS_PER_PART = 1 << 20
-_COMPONENTS = pa.list_(
-    pa.struct([("name", pa.string()), ("dose", pa.float64()), ("unit", pa.string())])
-)
 
 
 class StoreWriter:
@@ -104,12 +102,10 @@ class StoreWriter:
     ) -> None:
         self.path = Path(path)
         self._genes, self._codec = genes, codec
-        self._columns = {
-            key: columns.get(key)
-            for key in ("perturbation", "cell_type", "batch", "dose", "library", "separator")
-        }
+        self._columns = {key: columns.get(key) for key in COLUMN_KEYS}
+        _check_columns(self._columns)
         self._control, self._provenance = control, provenance
-        self._gene_table = _gene_table(genes, gene_table)
+        self._gene_table = checked_gene_table(genes, gene_table)
         self._library = library or {"over": genes.sha256, "num_genes": len(genes)}
         self._batches = None if batches is None else tuple(batches)
         self._facts = {
@@ -121,9 +117,10 @@ class StoreWriter:
         self._perturbations: dict[Perturbation, tuple[int, str]] = {}
         self._conditions: dict[Condition, dict[str, Any]] = {}
         self._chunks: list[npt.NDArray[np.void]] = []
+        self._num_chunks = 0
         self._has_codes = False
         self._cells: list[pd.DataFrame] = []
-        self._num_parts = 0
+        self._num_unwritten, self._num_parts = 0, 0
         self._directory = PartialDirectory(self.path, overwrite=overwrite, mark=MANIFEST)
         self._partial = self._directory.partial
         try:
@@ -186,9 +183,9 @@ class StoreWriter:
         if counts.batch_code_N is not None:
             self._has_codes = True
             known = counts.batch_code_N[counts.batch_code_N != NO_BATCH]
-            if self._batches is None or known.max(initial=-1) >= len(self._batches):
+            if self._batches is None or known.max(initial=0) >= len(self._batches):
                 raise SourceError(f"{name}: batch codes need their names; give batches")
-        number = sum(len(chunks) for chunks in self._chunks)
+        number = self._num_chunks
         if cells is not None:
             self._add_cells(cells, counts.num_cells, number, name)
         perturbation = self._perturbations.setdefault(
@@ -196,6 +193,7 @@ class StoreWriter:
         )
         chunks = self._write_chunks(condition, counts)
         self._chunks.append(chunks)
+        self._num_chunks += len(chunks)
         self._conditions[condition] = {
             "id": len(self._conditions),
             "cell_type": condition.cell_type,
@@ -241,16 +239,17 @@ class StoreWriter:
             }
         )
         self._cells.append(pd.concat([place, cells.reset_index(drop=True)], axis=1))
-        if sum(len(part) for part in self._cells) >= _CELLS_PER_PART:
+        self._num_unwritten += num_cells
+        if self._num_unwritten >= _CELLS_PER_PART:
             self._flush_cells()
 
     def _flush_cells(self) -> None:
         if self._cells:
             (self._partial / "cells").mkdir(exist_ok=True)
             name = f"cells/part-{self._num_parts:05d}.parquet"
-            self._write_table(name, pd.concat(self._cells, ignore_index=True))
+            write_table(self._partial / name, pd.concat(self._cells, ignore_index=True))
             self._num_parts += 1
-            self._cells = []
+            self._cells, self._num_unwritten = [], 0
 
     # --- closing --------------------------------------------------------------------------------
 
@@ -306,10 +305,11 @@ class StoreWriter:
         self._directory.commit()
 
     def _fingerprint(self) -> str:
-        rows = [
-            ([c.cell_type, c.perturbation.label, c.batch, c.is_control, row["num_cells"]], chunks)
-            for (c, row), chunks in zip(self._conditions.items(), self._chunks, strict=True)
-        ]
+        rows = []
+        for condition, chunks in zip(self._conditions, self._chunks, strict=True):
+            agents = [[c.name, c.dose, c.unit] for c in condition.perturbation.components]
+            name = [condition.cell_type, agents, condition.batch, condition.is_control]
+            rows.append((name, chunks))
         facts = {
             "genes_sha256": self._genes.sha256,
             "library": self._library,
@@ -319,40 +319,15 @@ class StoreWriter:
         return fingerprint(facts, rows)
 
     def _write_tables(self) -> None:
-        self._write_table("genes.parquet", self._gene_table)
-        conditions = pd.DataFrame(list(self._conditions.values()))
-        names = {
-            "cell_type": sorted(set(conditions["cell_type"])),
-            "batch": list(self._batches or sorted(set(conditions["batch"].dropna()))),
-        }
-        for kind, known in names.items():
-            codes = {name: code for code, name in enumerate(known)}
-            if unknown := set(conditions[kind].dropna()) - set(codes):
-                raise SourceError(f"conditions of {kind} {unknown} that is not among {known[:10]}")
-            conditions[kind] = [codes.get(name, -1) for name in conditions[kind]]
-        small = {"id": "int32", "cell_type": "int32", "perturbation": "int32", "batch": "int32"}
-        self._write_table("conditions.parquet", conditions.astype(small))
-        rows = [(kind, code, name) for kind in names for code, name in enumerate(names[kind])]
-        self._write_table("codes.parquet", pd.DataFrame(rows, columns=["kind", "code", "name"]))
+        write_table(self._partial / "genes.parquet", self._gene_table)
+        write_conditions(self._partial, list(self._conditions.values()), self._batches)
         controls = {c.perturbation for c in self._conditions if c.is_control}
-        components = [
-            [{"name": c.name, "dose": c.dose, "unit": c.unit} for c in p.components]
-            for p in self._perturbations
-        ]
-        table = pa.table(
-            {
-                "id": pa.array(range(len(components)), pa.int32()),
-                "label": [label for _, label in self._perturbations.values()],
-                "canonical": [p.label for p in self._perturbations],
-                "components": pa.array(components, _COMPONENTS),
-                "is_control": [p in controls for p in self._perturbations],
-            }
+        table = perturbation_table(
+            list(self._perturbations),
+            [label for _, label in self._perturbations.values()],
+            np.array([perturbation in controls for perturbation in self._perturbations]),
         )
-        pq.write_table(table, self._partial / "perturbations.parquet", compression="zstd")
-
-    def _write_table(self, name: str, frame: pd.DataFrame) -> None:
-        table = pa.Table.from_pandas(frame, preserve_index=False)
-        pq.write_table(table, self._partial / name, compression="zstd")
+        write_table(self._partial / "perturbations.parquet", table)
 
     def _entry(self, name: str) -> dict[str, Any]:
         path = self._partial / name
@@ -386,21 +361,16 @@ class StoreWriter:
             self.abort()
 
 
-# --- checks -------------------------------------------------------------------------------------
-
-
 def _describe(condition: Condition) -> str:
     batch = "" if condition.batch is None else f", {condition.batch}"
     return f"condition ({condition.cell_type}, {condition.perturbation.label}{batch})"
 
 
-def _gene_table(genes: GeneVocabulary, table: pd.DataFrame | None) -> pd.DataFrame:
-    """Return the table of input genes, with the columns that every store has."""
-    if table is None:
-        table = pd.DataFrame({"symbol": genes.symbols, "column": np.arange(len(genes))})
-        table["ensembl_id"] = genes.ensembl_ids
-    stored = table[table["column"] >= 0].sort_values("column")
-    if tuple(stored["symbol"]) != genes.symbols:
-        raise ValueError("gene_table: symbols by column are not the stored genes")
-    table = table.astype({"column": np.int32})
-    return table if "ensembl_id" in table else table.assign(ensembl_id=None)
+def _check_columns(columns: dict[str, str | None]) -> None:
+    """Refuse source columns that would be lost beside those that ``to_anndata`` adds."""
+    for key in ("perturbation", "cell_type", "batch", "dose"):
+        if (name := columns[key]) in ADDED_COLUMNS and name != "condition":
+            raise SourceError(
+                f"columns.{key} is {name!r}, a name that stores use themselves "
+                f"({', '.join(ADDED_COLUMNS)}); rename the column in the source"
+            )
