@@ -107,10 +107,10 @@ def prepare(config: PrepareConfig) -> Path:
     config
         Settings, most easily from ``scale.config.compose("prepare", [...], run_dir=...)``.
     """
-    from scale.tasks import prepare as task
+    from scale.tasks.prepare import run
 
     config = _checked(config)
-    _raise_for_status(task.run(config))
+    _raise_for_status(run(config))
     return Path(config.store)
 
 
@@ -129,10 +129,10 @@ def pretrain(config: PretrainConfig) -> Path:
     >>> run = scale.pretrain(config)  # doctest: +SKIP
     """
     from scale.runtime import StopSignal
-    from scale.tasks import pretrain as task
+    from scale.tasks.pretrain import run
 
     config = _checked(config)
-    _raise_for_status(task.run(config, StopSignal()))
+    _raise_for_status(run(config, StopSignal()))
     return Path(config.run_dir)
 
 
@@ -145,10 +145,10 @@ def finetune(config: FinetuneConfig) -> Path:
         Settings, most easily from ``scale.config.compose("finetune", [...], run_dir=...)``.
     """
     from scale.runtime import StopSignal
-    from scale.tasks import finetune as task
+    from scale.tasks.finetune import run
 
     config = _checked(config)
-    _raise_for_status(task.run(config, StopSignal()))
+    _raise_for_status(run(config, StopSignal()))
     return Path(config.run_dir)
 
 

@@ -65,7 +65,7 @@ TASKS: dict[str, TaskHelp] = {
             Setting("columns.perturbation", "drug", "column of .obs: what was done to a cell"),
             Setting("columns.cell_type", "cell_line", "column of .obs: cell type or cell line"),
             Setting("columns.batch", "plate", "column of .obs: plate or replicate, if any"),
-            Setting("control", "DMSO", "label of untreated cells in the perturbation column"),
+            Setting("control", "DMSO_TF", "label of untreated cells in the perturbation column"),
             Setting("genes", "hvg", "hvg (genes.num=2000), all, or list (genes.file=FILE)"),
             Setting("counts", "auto", "where the counts are: auto, X, layers/NAME, raw/X"),
         ),
