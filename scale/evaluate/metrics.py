@@ -207,7 +207,11 @@ def retrieval(distance_PP: Floats) -> Floats:
 
 
 def _top(lfc_G: Floats32, significant_G: Booleans) -> npt.NDArray[np.int64]:
-    """Significant genes by falling magnitude of the fold change, ties in gene order."""
+    """Significant genes by falling magnitude of the fold change, ties in gene order.
+
+    cell-eval leaves ties to an unstable sort, so that its order among more than about 20 genes of
+    equal (as a rule infinite) fold change is arbitrary.
+    """
     genes = np.flatnonzero(significant_G)
     return genes[np.argsort(-np.abs(lfc_G[genes]), kind="stable")]
 
