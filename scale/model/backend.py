@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -191,7 +190,7 @@ def _why_no_transformer_engine() -> str | None:
     if not torch.cuda.is_available():
         return "transformer_engine needs a CUDA device"
     try:
-        import_module("transformer_engine.pytorch")
+        import transformer_engine.pytorch  # noqa: F401
     except ImportError:
         return "transformer_engine is not installed"
     except (RuntimeError, OSError) as error:
@@ -200,9 +199,9 @@ def _why_no_transformer_engine() -> str | None:
 
 
 def _transformer_engine_provider() -> Any:
-    module = import_module("megatron.core.extensions.transformer_engine_spec_provider")
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-    class TransformerEngineProvider(module.TESpecProvider):  # type: ignore[misc, name-defined]
+    class TransformerEngineProvider(TESpecProvider):  # type: ignore[misc]
         """Transformer Engine's linear maps and norms; attention stays torch's.
 
         Its attention ignores a mask in a layer built without one, and sets carry masks only where

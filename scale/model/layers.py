@@ -237,7 +237,7 @@ def initialise_by_name(model: nn.Module, seed: int, num_layers: dict[str, int]) 
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             layers = next(n for prefix, n in num_layers.items() if name.startswith(prefix))
             deviation /= math.sqrt(2 * layers)
-        parameter.copy_(_draw(name, parameter, seed).mul_(deviation))
+        parameter.copy_(draw_by_name(name, parameter, seed).mul_(deviation))
 
 
 def _inputs(name: str, parameter: nn.Parameter) -> int:
@@ -249,7 +249,8 @@ def _inputs(name: str, parameter: nn.Parameter) -> int:
     return size
 
 
-def _draw(name: str, parameter: nn.Parameter, seed: int) -> Tensor:
+def draw_by_name(name: str, parameter: nn.Parameter, seed: int) -> Tensor:
+    """Return this rank's share of standard normal numbers that depend on seed and name alone."""
     word = int.from_bytes(sha256(name.encode()).digest()[:8], "little")
     generator = torch.Generator().manual_seed(derive(seed, word) >> 1)
     shape = list(parameter.shape)

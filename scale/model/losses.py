@@ -10,6 +10,7 @@ Shapes: B = sets in the batch, S = cells per set (the two sets may differ), G = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def energy_loss(a_BSG: Tensor, y_BSG: Tensor, w_BS: Tensor, v_BS: Tensor) -> Ten
     across_B = _mean_distance(squared.across_BSS, weight.across_BSS)
     predicted_B = _mean_distance(squared.predicted_BSS, weight.predicted_BSS)
     observed_B = _mean_distance(squared.observed_BSS, weight.observed_BSS)
-    return (2 * across_B - predicted_B - observed_B) / a_BSG.shape[-1] ** 0.5
+    return (2 * across_B - predicted_B - observed_B) / math.sqrt(a_BSG.shape[-1])
 
 
 def mmd_loss(a_BSG: Tensor, y_BSG: Tensor, w_BS: Tensor, v_BS: Tensor) -> Tensor:

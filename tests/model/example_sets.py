@@ -1,0 +1,142 @@
+"""Small models and batches of cell sets for the tests of the model."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scale.config import ModelConfig, ObjectiveConfig, Precision
+from scale.model.model import ScaleModel
+from scale.types import ABSENT, Batch, Vocabulary
+
+G, S, U, B = 20, 8, 6, 3
+DRUGS = tuple(f"drug{i}" for i in range(5))
+
+
+def sizes(**changes: Any) -> ModelConfig:
+    """Return a model small enough for float64; ``gene_layers`` gives it the patch encoder."""
+    values: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "ffn_hidden_size": 24,
+        "set_size": S,
+        "num_summary_cells": U,
+        "lr": 1e-3,
+    }
+    if changes.get("gene_layers"):
+        values |= {
+            "gene_hidden_size": 8,
+            "gene_num_heads": 2,
+            "gene_patch_size": 6,  # does not divide the genes
+            "qk_norm": True,
+        }
+    return ModelConfig(**values | changes)
+
+
+def vocabulary(genes: tuple[str, ...] = tuple(f"gene{i}" for i in range(G))) -> Vocabulary:
+    return Vocabulary(
+        genes=genes,
+        components=("<unknown>", "DMSO", *DRUGS),
+        cell_types=("A549", "K562", "MCF7"),
+        batches=("plate1", "plate2"),
+        perturbations=DRUGS,
+        control="DMSO",
+        perturbation_key="drug",
+        cell_type_key="cell_line",
+        batch_key="plate",
+        dose_key="dose",
+        separator="+",
+        target_sum=1e4,
+        value_scale=1.0,
+    )
+
+
+def cells(*shape: int, seed: int = 0) -> Tensor:
+    """Return values like log1p expression: never negative, half of them 0."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).relu()
+
+
+def batch(
+    num_sets: int = B,
+    set_size: int = S,
+    *,
+    seed: int = 0,
+    first_set: int = 0,
+    control_lengths: list[int] | None = None,
+    treated_lengths: list[int] | None = None,
+) -> Batch:
+    """Return full sets, or sets of the given lengths padded with zeros."""
+
+    def masked(lengths: list[int] | None, size: int) -> Tensor:
+        length_B1 = torch.tensor(lengths or [size] * num_sets)[:, None]
+        return torch.arange(size) < length_B1
+
+    generator = torch.Generator().manual_seed(seed + 99)
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    control_mask_BS = masked(control_lengths, set_size)
+    treated_mask_BS = masked(treated_lengths, set_size)
+    return Batch(
+        control_BSG=cells(num_sets, set_size, G, seed=seed) * control_mask_BS[:, :, None],
+        control_mask_BS=control_mask_BS,
+        summary_BUG=cells(num_sets, U, G, seed=seed + 1),
+        summary_mask_BU=torch.ones(num_sets, U, dtype=torch.bool),
+        treated_BSG=cells(num_sets, set_size, G, seed=seed + 2) * treated_mask_BS[:, :, None],
+        treated_mask_BS=treated_mask_BS,
+        control_library_BS=torch.ones(num_sets, set_size),
+        treated_library_BS=torch.ones(num_sets, set_size),
+        component_BJ=torch.cat([draw(2, 7, num_sets, 1), draw(-1, 7, num_sets, 1)], 1),
+        dose_BJ=torch.tensor([[0.5, math.nan], [10.0, 0.01], [math.nan, 3.0]] * num_sets)[
+            :num_sets
+        ],
+        cell_type_B=draw(ABSENT, 3, num_sets),
+        batch_B=draw(ABSENT, 2, num_sets),
+        is_control_B=torch.zeros(num_sets, dtype=torch.bool),
+        condition_B=torch.arange(num_sets),
+        set_index_B=torch.arange(num_sets) + first_set,
+    )
+
+
+def in_float64(batch: Batch) -> Batch:
+    names = ("control_BSG", "summary_BUG", "treated_BSG", "dose_BJ")
+    return replace(batch, **{name: getattr(batch, name).double() for name in names})
+
+
+def build(
+    config: ModelConfig | None = None,
+    objective: ObjectiveConfig | None = None,
+    *,
+    seed: int = 3,
+    precision: Precision = Precision.fp32,
+    with_statistics: bool = True,
+) -> ScaleModel:
+    model = ScaleModel(
+        config or sizes(),
+        objective or ObjectiveConfig(),
+        vocabulary(),
+        seed=seed,
+        precision=precision,
+    )
+    if with_statistics:
+        basis_GP, _ = torch.linalg.qr(cells(G, 5, seed=8))
+        model.set_statistics(cells(G, seed=9), basis_GP)
+    return model
+
+
+@torch.no_grad()
+def shake(model: nn.Module, deviation: float = 0.08, seed: int = 0) -> nn.Module:
+    """Add noise to all weights, so that nothing is zero by construction; keyed by name.
+
+    At the initial weights the readout is zero and the gradient of everything before it too.
+    """
+    from scale.model.layers import draw_by_name
+
+    for name, parameter in model.named_parameters():
+        parameter.add_(draw_by_name(f"shake/{name}", parameter, seed).to(parameter) * deviation)
+    return model

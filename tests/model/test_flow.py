@@ -1,0 +1,153 @@
+"""Path, time law, pairing and sampler."""
+
+import math
+
+import pytest
+import torch
+from example_sets import cells
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scale.config import Head, ObjectiveConfig, Pairing, TimeLaw
+from scale.model.flow import draw_time, endpoint, guide, integrate, interpolate, point_on_path
+from scale.model.losses import LOSSES
+from scale.model.pairing import BLOCK_SIZE, pair, pair_by_transport, pair_in_order
+
+
+def masks(*lengths, size):
+    return torch.arange(size) < torch.tensor(lengths)[:, None]
+
+
+# --- path -----------------------------------------------------------------------------------------
+
+
+def test_path_begins_at_control_and_ends_at_partner():
+    z0, z1 = cells(3, 4, 5, seed=1), cells(3, 4, 5, seed=2)
+    z = interpolate(z0, z1, torch.tensor([0.0, 1.0, 0.25]))
+    assert torch.equal(z[0], z0[0])
+    assert torch.equal(z[1], z1[1])
+    torch.testing.assert_close(z[2], 0.75 * z0[2] + 0.25 * z1[2])
+
+
+def test_sets_at_zero_keep_all_cells_and_others_their_pairs():
+    control, treated = masks(4, 4, size=4), masks(2, 2, size=4)
+    pairs = pair_in_order(control, treated)
+    z = cells(2, 4, 5)
+    point = point_on_path(z, control, pairs.partners(z), pairs, torch.tensor([0.0, 0.5]))
+    assert point.mask_BS.sum(1).tolist() == [4, 2]
+
+
+def test_mix_has_its_share_of_zeros_and_is_a_function_of_the_set():
+    index = torch.arange(4000)
+    objective = ObjectiveConfig(zero_time_fraction=0.5)
+    t = draw_time(objective, index, seed=1)
+    share = (t == 0).float().mean().item()
+    assert abs(share - 0.5) < 3 * math.sqrt(0.25 / 4000)
+    later = t[t > 0]
+    assert abs(later.mean().item() - 0.5) < 3 * math.sqrt(1 / 12 / len(later))
+    assert torch.equal(draw_time(objective, index[1000:1010], seed=1), t[1000:1010])
+    assert not torch.equal(draw_time(objective, index, seed=2), t)
+
+
+def test_other_time_laws():
+    index = torch.arange(1000)
+    assert (draw_time(ObjectiveConfig(time=TimeLaw.zero), index, 1) == 0).all()
+    t = draw_time(ObjectiveConfig(time=TimeLaw.uniform), index, 1)
+    assert (t == 0).float().mean() < 0.01
+    assert 0 <= t.min() < t.max() < 1
+
+
+# --- sampler --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 10, 50])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_any_number_of_steps_is_exact_for_the_exact_endpoint(num_steps, dtype, tolerance):
+    # Z1 = A Z0 + b, so z_t = ((1 - t) I + t A) z0 + t b, and the endpoint of z_t is known.
+    generator = torch.Generator().manual_seed(0)
+    A = (torch.eye(5) + 0.3 * torch.randn(5, 5, generator=generator)).to(dtype)
+    b = torch.randn(5, generator=generator).to(dtype)
+    z0 = torch.randn(2, 7, 5, generator=generator).to(dtype)
+
+    def exact(z, t):
+        back = (1 - t) * torch.eye(5, dtype=dtype) + t * A
+        return torch.linalg.solve(back, z - t * b, left=False) @ A + b
+
+    z1 = z0 @ A + b
+    found = integrate(exact, z0, num_steps)
+    assert (found - z1).abs().max() < tolerance * z1.abs().max()
+
+
+def test_the_last_step_lands_on_the_endpoint():
+    target = cells(2, 3, 4, seed=5)
+    assert torch.equal(integrate(lambda z, t: target, cells(2, 3, 4), 7), target)
+
+
+def test_guidance_of_one_is_the_plain_change():
+    p, null = cells(2, 3, 4, seed=1) - 0.5, cells(2, 3, 4, seed=2)
+    assert torch.equal(guide(p, null, 1.0), p)
+    torch.testing.assert_close(guide(p, null, 3.0), null + 3 * (p - null))
+
+
+def test_heads():
+    change, control, mean = cells(2, 3, 4, seed=1) - 1.0, cells(2, 3, 4, seed=2), cells(4, seed=3)
+    assert torch.equal(endpoint(Head.residual, torch.zeros(2, 3, 4), control, mean), control)
+    assert torch.equal(
+        endpoint(Head.direct, torch.zeros(2, 3, 4), control, mean), mean.expand(2, 3, 4)
+    )
+    assert (endpoint(Head.residual, change - 5, control, mean) == 0).all()
+
+
+def test_point_loss_is_the_velocity_loss_times_the_square_of_what_is_left():
+    # velocity (h - z_t) / (1 - t) against z1 - z0
+    z0, z1, h = (cells(2, 6, 5, seed=i).double() for i in range(3))
+    t = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    left = (1 - t)[:, None, None]
+    velocity = (h - interpolate(z0, z1, t)) / left
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    x_loss = LOSSES["point"](h, z1, mask, mask)
+    v_loss = LOSSES["point"](velocity, z1 - z0, mask, mask)
+    torch.testing.assert_close(x_loss, (1 - t) ** 2 * v_loss)
+
+
+# --- pairing --------------------------------------------------------------------------------------
+
+BASIS = torch.linalg.qr(cells(6, 4, seed=7))[0]
+
+
+def cost(control, treated, pairs):
+    gap = (control - pairs.partners(treated)) @ BASIS
+    return (gap.square().sum(-1) * pairs.has_partner_BS).sum(1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 150), st.integers(2, 150), st.integers(0, 99))
+def test_pairing_is_one_to_one_and_not_dearer_than_chance(num_control, num_treated, seed):
+    size = 150
+    control, treated = cells(2, size, 6, seed=seed), cells(2, size, 6, seed=seed + 1)
+    w, v = masks(num_control, size, size=size), masks(num_treated, size, size=size)
+    pairs = pair_by_transport(control, treated, w, v, BASIS)
+    for i, expected in enumerate([min(num_control, num_treated), size]):
+        partner = pairs.partner_BS[i, pairs.has_partner_BS[i]]
+        assert len(partner) == expected == len(partner.unique())
+        assert not pairs.has_partner_BS[i, ~w[i]].any()
+        assert v[i, partner].all()
+    if num_control == num_treated:
+        in_order = pair_in_order(w, v)
+        assert (cost(control, treated, pairs) <= cost(control, treated, in_order) + 1e-4).all()
+
+
+def test_pairing_recovers_a_shuffled_copy():
+    control = cells(3, BLOCK_SIZE, 6, seed=1) + cells(3, BLOCK_SIZE, 6, seed=2)
+    control[:, :, 0] += torch.arange(BLOCK_SIZE)  # no two alike
+    order = torch.randperm(BLOCK_SIZE, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, BLOCK_SIZE, dtype=torch.bool)
+    pairs = pair(Pairing.ot, control, control[:, order] + 0.5, mask, mask, BASIS)
+    torch.testing.assert_close(pairs.partners(control[:, order]), control)
+
+
+def test_random_pairing_is_the_order_of_the_draws():
+    w, v = masks(5, 3, size=6), masks(4, 6, size=6)
+    pairs = pair(Pairing.random, cells(2, 6, 6), cells(2, 6, 6), w, v, BASIS)
+    assert pairs.has_partner_BS.sum(1).tolist() == [4, 3]
+    assert (pairs.partner_BS == torch.arange(6)).all()
