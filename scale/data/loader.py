@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -132,7 +133,10 @@ class SetReader:
     def read(self, set_index_B: Integers) -> HostBatch:
         """Return some sets as they are stored; pinned where the device is CUDA."""
         block = self._plan.block(set_index_B)
-        treated = self._read_treated(block)
+        treated, codes = self._read_treated(block)
+        for b, code_N in enumerate(codes):
+            if code_N is not None:
+                self._plan.match_batches(block, b, int(set_index_B[b]), code_N, self._store.batches)
         control = self._read_control(block)
         condition_B, table = block.condition_B, self._table
         number_BK = np.column_stack(
@@ -158,7 +162,10 @@ class SetReader:
         # torch keeps pinned blocks, and gives one out again only when its copy is done
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def _read_treated(self, block: SetBlock) -> CompactCells:
+    def _read_treated(
+        self, block: SetBlock
+    ) -> tuple[CompactCells, list[npt.NDArray[np.uint16] | None]]:
+        """Return the treated cells, and for each set the batch codes where they must be matched."""
         set_N, place_N = np.nonzero(block.treated_row_BS >= 0)
         row_N = block.treated_row_BS[set_N, place_N]
         chunk_N = self._first_chunk[block.condition_B[set_N]] + row_N // CHUNK_CELLS
@@ -174,28 +181,35 @@ class SetReader:
         changes = [np.diff(a) != 0 for a in (chunk_N, set_N, turn_N)]
         begin = np.flatnonzero(np.logical_or.reduce(changes)) + 1
         chunks: list[CellChunk] = []
-        rows: list[Integers | None] = []
         known: dict[int, CellChunk] = {}
-        for inner, chunk_id in zip(
+        for rows, chunk_id in zip(
             np.split(row_N % CHUNK_CELLS, begin), chunk_N[[0, *begin]].tolist(), strict=True
         ):
             if chunk_id not in known:
                 known[chunk_id] = self._store.read_chunk(chunk_id)
             chunk = known[chunk_id]
-            is_whole = len(inner) == chunk.num_cells and bool((np.diff(inner) == 1).all())
-            chunks.append(chunk)
-            rows.append(None if is_whole else inner)
+            is_whole = len(rows) == chunk.num_cells and bool((np.diff(rows) == 1).all())
+            chunks.append(chunk if is_whole else chunk.select_rows(rows))
         self.was_read[list(known)] = True
-        if self._on_host:
-            return compact_from_chunks(chunks, np.split(slot_N, begin), rows)
-        taken = [c if r is None else c.select_rows(r) for c, r in zip(chunks, rows, strict=True)]
         num_bytes = CompactCells.size_bytes(
             len(slot_N),
-            sum(c.num_nonzero for c in taken),
-            sum(len(c.gap_position_E) for c in taken),
-            sum(len(c.count_position_F) for c in taken),
+            sum(c.num_nonzero for c in chunks),
+            sum(len(c.gap_position_E) for c in chunks),
+            sum(len(c.count_position_F) for c in chunks),
         )
-        return compact_from_chunks(taken, np.split(slot_N, begin), buffer=self._buffer(num_bytes))
+        slots = np.split(slot_N, begin)
+        cells = compact_from_chunks(chunks, slots, buffer=self._buffer(num_bytes))
+        return cells, self._codes(block, chunks, set_N[[0, *begin]])
+
+    def _codes(
+        self, block: SetBlock, chunks: list[CellChunk], set_of_chunk: Integers
+    ) -> list[npt.NDArray[np.uint16] | None]:
+        codes: list[npt.NDArray[np.uint16] | None] = [None] * len(block.condition_B)
+        for b in np.flatnonzero(self._plan.is_by_cell[block.condition_B]).tolist():
+            own = [chunks[i].batch_code_N for i in np.flatnonzero(set_of_chunk == b).tolist()]
+            known = [code_N for code_N in own if code_N is not None]
+            codes[b] = np.concatenate(known) if len(known) == len(own) else None
+        return codes
 
     def _read_control(self, block: SetBlock) -> CompactCells:
         is_control_BS, is_summary_BU = block.control_row_BS >= 0, block.summary_row_BU >= 0

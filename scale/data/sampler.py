@@ -34,6 +34,7 @@ from scale.data.draws import (
     mix,
     permute,
 )
+from scale.data.pools import assign_pools, divide_pool, draw_by_batch
 from scale.runtime import derive
 from scale.types import PlanError
 
@@ -94,27 +95,6 @@ class SetBlock:
     summary_count_B: Integers
 
 
-@dataclass(frozen=True, slots=True)
-class Pools:
-    """Control cells by pool: the control conditions of one pool stand side by side.
-
-    Parameters
-    ----------
-    begin
-        First member of each pool, and the number of members at the end.
-    member, first_cell, size
-        Control condition, number of cells of the pool before it, cells in it.
-    fell_back
-        Pools of a whole cell type that stand in for a batch with too few controls.
-    """
-
-    begin: Integers
-    member: Integers
-    first_cell: Integers
-    size: Integers
-    fell_back: tuple[str, ...]
-
-
 class SetPlan:
     """The sets of an epoch and the cells of each set.
 
@@ -165,6 +145,7 @@ class SetPlan:
         self.num_summary_cells = num_summary_cells
         self.seed = seed
         self.shuffle = shuffle
+        self._config = config
         self.fields: dict[str, Any] = {
             **(identity or {}),
             "set_size": set_size,
@@ -184,7 +165,7 @@ class SetPlan:
         num_cells = conditions["num_cells"].to_numpy(np.int64)
         with_control = shuffle and config.control_fraction > 0
         entry = np.concatenate([target, control]) if with_control else target
-        pool_of_entry, self.pools = _assign_pools(conditions, entry, len(target), control, config)
+        pool_of_entry, self.pools = assign_pools(conditions, entry, len(target), control, config)
         cells = num_cells[entry]
         if shuffle:
             passes = np.maximum(1, np.floor(cells / set_size + 0.5).astype(np.int64))
@@ -196,6 +177,11 @@ class SetPlan:
         self._entry = entry
         self._is_control = np.arange(len(entry)) >= len(target)
         self._cells, self._passes, self._pool = cells, passes, pool_of_entry
+        # conditions whose own batch is open, while their controls have one: matched cell by cell
+        has_batch = conditions["batch"].notna().to_numpy()
+        self.is_by_cell = np.zeros(len(conditions), np.bool_)
+        if config.match_batch is not MatchBatch.ignore and has_batch[control].any():
+            self.is_by_cell[target] = ~has_batch[target]
         self.has_repeats = config.short is ShortSets.repeat
         self._keyed = lru_cache(maxsize=2)(_small_epoch_order)
 
@@ -250,6 +236,48 @@ class SetPlan:
             self._entry[entry_B], self._is_control[entry_B], *rows, *summary, *count_B3.T
         )
 
+    def match_batches(
+        self,
+        block: SetBlock,
+        b: int,
+        set_index: int,
+        code_N: npt.NDArray[np.uint16],
+        batches: Sequence[str],
+    ) -> None:
+        """Draw the controls of set ``b`` of a block again, each from the batch of a treated cell.
+
+        Parameters
+        ----------
+        block, b, set_index
+            The set, in a condition whose cells are of several batches.
+        code_N
+            Batch code of each treated cell of the set.
+        batches
+            Names by code.
+        """
+        (epoch,), (slot,) = self._slots_of(np.array([set_index]))
+        entry = int(np.searchsorted(self._start, slot, side="right")) - 1
+        key = (int(epoch), int(self._entry[entry]), int(slot - self._start[entry]))
+        size = (block.control_row_BS.shape[1], block.summary_row_BU.shape[1])
+        drawn = draw_by_batch(
+            self.pools,
+            int(self._pool[entry]),
+            (code_N, batches),
+            size,
+            (derive(self.seed, CONTROL, *key), derive(self.seed, SUMMARY, *key)),
+            self._config,
+        )
+        targets = (
+            (block.control_condition_BS, block.control_row_BS, block.control_count_B),
+            (block.summary_condition_BU, block.summary_row_BU, block.summary_count_B),
+        )
+        for (condition, row), (condition_out, row_out, count_out) in zip(
+            drawn, targets, strict=True
+        ):
+            condition_out[b], row_out[b] = -1, -1
+            condition_out[b, : len(row)], row_out[b, : len(row)] = condition, row
+            count_out[b] = len(row)
+
     def _slots_of(self, set_index_B: Integers) -> tuple[Integers, Integers]:
         """Return epoch and slot of each set."""
         length = self.num_sets_per_epoch
@@ -288,90 +316,7 @@ def _slots(passes: Integers, cells: Integers, num_treated: int, config: DataConf
     return slots
 
 
-# --- pools --------------------------------------------------------------------------------------
-
-
-def _assign_pools(
-    conditions: pd.DataFrame,
-    entry: Integers,
-    num_targets: int,
-    control: Integers,
-    config: DataConfig,
-) -> tuple[Integers, Pools]:
-    """Return the pool of every entry, and the pools."""
-    cell_type = conditions["cell_type"].astype(str).to_numpy()
-    batch = [None if pd.isna(value) else str(value) for value in conditions["batch"]]
-    num_cells = conditions["num_cells"].to_numpy(np.int64)
-    members: dict[tuple[str, str | None], list[int]] = {}
-    by_cell_type: dict[str, list[int]] = {}
-    for c in control.tolist():
-        members.setdefault((cell_type[c], batch[c]), []).append(c)
-        by_cell_type.setdefault(cell_type[c], []).append(c)
-
-    lists: list[list[int]] = []
-    numbers: dict[tuple[int, ...], int] = {}
-    pool_of_entry = np.empty(len(entry), np.int64)
-    fell_back: dict[str, None] = {}
-    uncovered: dict[str, None] = {}
-    for i, c in enumerate(entry.tolist()):
-        key = (cell_type[c], batch[c])
-        pool = by_cell_type.get(cell_type[c], [])
-        if config.match_batch is not MatchBatch.ignore and batch[c] is not None:
-            own = members.get(key, [])
-            if num_cells[own].sum() >= config.minimum_control_cells:
-                pool = own
-            else:
-                fell_back[f"({key[0]}, {key[1]}): {num_cells[own].sum()}"] = None
-        if num_cells[pool].sum() < (2 if i < num_targets else 3):
-            uncovered[f"{key[0]} ({num_cells[pool].sum()})"] = None
-        number = numbers.setdefault(tuple(pool), len(lists))
-        if number == len(lists):
-            lists.append(pool)
-        pool_of_entry[i] = number
-    _refuse(uncovered, fell_back, config)
-    member = np.array([c for pool in lists for c in pool], np.int64)
-    first_cell = [np.cumsum(num_cells[pool]) - num_cells[pool] for pool in lists]
-    return pool_of_entry, Pools(
-        begin=np.cumsum([0, *map(len, lists)]).astype(np.int64),
-        member=member,
-        first_cell=np.concatenate(first_cell).astype(np.int64),
-        size=num_cells[member],
-        fell_back=tuple(fell_back),
-    )
-
-
-def _refuse(uncovered: dict[str, None], fell_back: dict[str, None], config: DataConfig) -> None:
-    if uncovered:
-        raise PlanError(
-            f"cell types with too few control cells (found in brackets, at least 3 needed): "
-            f"{', '.join(uncovered)}; prepare the store with their controls, leave them out by "
-            "the split, or set data.heldout_controls=shared if the split holds them out"
-        )
-    if fell_back and config.match_batch is MatchBatch.require:
-        raise PlanError(
-            f"data.match_batch is require, but these (cell type, batch) have fewer than "
-            f"data.minimum_control_cells ({config.minimum_control_cells}) control cells: "
-            f"{', '.join(fell_back)}; use data.match_batch=prefer or lower the minimum"
-        )
-
-
 # --- the kernel ---------------------------------------------------------------------------------
-
-
-@compiled
-def _shares(available: int, want_3: Integers) -> Integers:
-    """Divide a pool over three disjoint draws: all they want, else as evenly as they want."""
-    share_3 = np.zeros(3, np.int64)
-    left = available
-    open_draws = 0
-    for draw in range(3):
-        open_draws += int(want_3[draw] > 0)
-    for draw in np.argsort(want_3):
-        if want_3[draw] > 0:
-            share_3[draw] = min(want_3[draw], left // open_draws)
-            left -= share_3[draw]
-            open_draws -= 1
-    return share_3
 
 
 @compiled
@@ -417,7 +362,7 @@ def _fill_block(
         want_3 = np.array([0, set_size, summary_BU.shape[1]])
         if is_control_E[entry]:
             want_3[0] = min(set_size, num_cells)
-        share_3 = _shares(pool_size, want_3)
+        share_3 = divide_pool(pool_size, want_3)
         num_treated = share_3[0] if is_control_E[entry] else min(set_size, num_cells)
         cells_key = derive_key(seed, CELLS, epoch, condition, round_number)
         if shuffle:
