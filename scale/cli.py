@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -123,7 +124,7 @@ def _compose_and_run(task: str, arguments: Sequence[str]) -> int:
 
 def _run_task(task: str, config: DictConfig, stop: StopSignal) -> int:
     """Check the settings, import the task and run it."""
-    run_dir = Path(str(config.run_dir))
+    run_dir = Path(HydraConfig.get().runtime.output_dir)  # of this job, also in a sweep
     try:
         settings = to_dataclass(config)
     except (ValueError, TypeError, AttributeError) as error:
@@ -134,6 +135,9 @@ def _run_task(task: str, config: DictConfig, stop: StopSignal) -> int:
     try:
         run: Callable[..., int] = importlib.import_module(f"scale.tasks.{task}").run
         status = run(settings, stop) if task in _STOPPABLE else run(settings)
+    except BrokenPipeError:  # the reader of our output has gone, as in `scale info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
     except Exception as error:  # noqa: BLE001  the screen gets one line, the log the rest
         if os.environ.get("SCALE_DEBUG") == "1":
             traceback.print_exc()
