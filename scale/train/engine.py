@@ -40,7 +40,7 @@ class LossesLike(Protocol):
     num_sets: int
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(FloatingPointError):
     """A loss or a gradient is not finite; weights and moments are as they were."""
 
 

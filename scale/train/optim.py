@@ -57,17 +57,14 @@ def decayed_parameters(model: nn.Module) -> set[str]:
     """Return the names of the parameters that weight decay acts on: the matrices of linear maps.
 
     Norms, biases and scales have one dimension; tables of names or of modulation and the seeds of
-    pooling are rows that are looked up, not maps. A matrix is a ``weight`` of two or more
-    dimensions outside of ``nn.Embedding``; other parameters can ask for it or out of it with the
-    attribute ``decays``.
+    pooling are rows that are looked up, not maps. A matrix is a ``weight`` of two dimensions
+    outside of ``nn.Embedding``, or a stack of matrices (three dimensions).
     """
     names = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            is_matrix = (
-                name == "weight" and parameter.ndim >= 2 and not isinstance(module, nn.Embedding)
-            )
-            if getattr(parameter, "decays", is_matrix):
+            is_map = name == "weight" and not isinstance(module, nn.Embedding)
+            if parameter.ndim >= 3 or (parameter.ndim == 2 and is_map):
                 names.add(f"{prefix}.{name}" if prefix else name)
     return names
 

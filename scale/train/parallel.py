@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,8 @@ with megatron_cpu.quiet_import():
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _started: list[Layout] = []
 """The layout of this process, once per call of ``start`` that was not yet stopped."""
@@ -162,6 +166,24 @@ def stop() -> None:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         megatron_cpu.uninstall()
+
+
+def on_first_rank(layout: Layout, function: Callable[[], T]) -> T:
+    """Return ``function()`` of rank 0 on every rank; an error it can name is raised on all.
+
+    Files of a run are read and judged by one rank, so that no other sees them half written.
+    """
+    outcome: list[Any] = [None, None]
+    if layout.rank == 0:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
 
 
 def _check_sizes(config: ParallelConfig, world: World) -> None:

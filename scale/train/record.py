@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -68,8 +68,10 @@ class TrainingState:
     consumed_sets: int
     data: Mapping[str, Any]
     """Position in the plan of cell sets, as the data module gives and checks it."""
-    loop: Mapping[str, Any]
-    """What the loop wants back."""
+
+    def moved_to(self, consumed_sets: int) -> TrainingState:
+        """Return the state at another position in the data."""
+        return replace(self, consumed_sets=consumed_sets)
 
 
 def _plain(settings: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ VOCABULARY = Vocabulary(
 def save(engine, run_dir: Path, step: int, keep_last: int = 2) -> Path:
     from scale.train.checkpoint import save_checkpoint
 
-    state = TrainingState(step=step, consumed_sets=4 * step, data={"seed": 0}, loop={})
+    state = TrainingState(step=step, consumed_sets=4 * step, data={"seed": 0})
     return save_checkpoint(
         run_dir, engine, state, record=RECORD, vocabulary=VOCABULARY, keep_last=keep_last
     )
@@ -75,7 +75,7 @@ def load_and_train(context: RankContext, tensor_size: int, path: str, options: d
     ) as layout:
         engine = make_engine(layout, **(options | {"seed": 99}))
         state = load_checkpoint(Path(path), engine)
-        assert state == TrainingState(step=3, consumed_sets=12, data={"seed": 0}, loop={})
+        assert state == TrainingState(step=3, consumed_sets=12, data={"seed": 0})
         losses = [engine.step(share(layout, n), step=n + 1, lr=1e-2).loss for n in range(3, 6)]
         return losses, weights_hash(engine)
 

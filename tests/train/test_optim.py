@@ -39,7 +39,6 @@ class Block(nn.Module):
         self.names = nn.Embedding(5, 4)
         self.modulation = nn.Parameter(torch.zeros(6, 4))
         self.patch = nn.Parameter(torch.zeros(2, 4, 3))
-        self.patch.decays = True
 
 
 def test_decay_is_for_matrices_only():
