@@ -9,12 +9,13 @@ P = principal components, D = width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scale.config import ModelConfig, ObjectiveConfig, Precision, TimeLaw
+from scale.config import Head, ModelConfig, ObjectiveConfig, Precision, TimeLaw
 from scale.model.backend import (
     MegatronModule,
     ModelType,
@@ -166,6 +167,10 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
         treated_BSG, treated_mask_BS = batch.treated_BSG, batch.treated_mask_BS
         if treated_BSG is None or treated_mask_BS is None:
             raise ValueError("the batch has no treated cells; call sample")
+        if self.objective.head is Head.direct and not self._has_mean:
+            raise ValueError(
+                "objective.head=direct starts from the mean cell; set_statistics first"
+            )
         is_full = _check_masks(batch, treated_mask_BS)
         ids = ConditionIds.of(batch)
         if self.training:
@@ -249,6 +254,10 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
             state |= replicated_state(getattr(self, name), f"{prefix}{name}.")
         buffers = {"mean_G": self.mean_G, "basis_GP": self.basis_GP}
         return state | replicated_tensors(buffers, prefix)
+
+    @cached_property
+    def _has_mean(self) -> bool:
+        return bool(self.mean_G.any())
 
     # --- inside -----------------------------------------------------------------------------------
 
