@@ -43,6 +43,11 @@ class _Ring(Generic[Job, Result]):
                 self.num_jobs = number
                 self.turn.notify_all()
                 return None
+            except BaseException as error:  # noqa: BLE001 - raised again at its turn
+                self.results[number] = error
+                self.num_claimed = self.num_jobs = number + 1
+                self.turn.notify_all()
+                return None
             self.num_claimed += 1
             return number, job
 
