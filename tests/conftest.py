@@ -31,7 +31,7 @@ TOY_NUM_GENES = 60
 TOY_COLUMNS = {"perturbation": "drug", "cell_type": "cell_line", "batch": "plate"}
 
 
-def toy_conditions():
+def make_toy_conditions():
     """(condition, label, counts, library) of every condition, in the order of the store."""
     rng = np.random.default_rng(0)
     control = Perturbation.parse(TOY_CONTROL)
@@ -66,10 +66,16 @@ def write_toy_store(path, **changes):
         "library": {"over": "all", "num_genes": 70},
     }
     with StoreWriter(path, **(settings | changes)) as writer:
-        for condition, label, counts, library in toy_conditions():
+        for condition, label, counts, library in make_toy_conditions():
             barcodes = pd.DataFrame({"barcode": [f"{label}-{i}" for i in range(len(library))]})
             writer.add(condition, label, counts, library, cells=barcodes)
     return path
+
+
+@pytest.fixture(scope="session")
+def toy_conditions():
+    """What is in the toy store, in its order: (condition, label, counts, library)."""
+    return list(make_toy_conditions())
 
 
 @pytest.fixture(scope="session")

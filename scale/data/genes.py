@@ -216,8 +216,6 @@ def _normalised_dispersion(
     dispersion = variance / mean
     dispersion = np.log(np.where(dispersion == 0, np.nan, dispersion))
     frame = pd.DataFrame({"mean": np.log1p(mean), "dispersion": dispersion})
-    if frame["mean"].max() == frame["mean"].min():
-        return np.full(len(mean), np.nan)
     groups = frame.groupby(pd.cut(frame["mean"], bins=_NUM_BINS), observed=True)["dispersion"]
     average = groups.transform("mean").to_numpy(copy=True)
     spread = groups.transform("std").to_numpy(copy=True)

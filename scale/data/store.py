@@ -289,12 +289,13 @@ class CellSetStore:
 
         wanted = list(self.conditions.index) if conditions is None else list(conditions)
         parts = [self._take(int(condition), max_cells) for condition in wanted]
+        parts = parts or [self._take(int(self.conditions.index[0]), 0)]  # the columns at least
         cells = CsrCounts.concatenate([cells for cells, _ in parts])
         matrix = sp.csr_matrix(
             (cells.counts_M.astype(np.float32), cells.indices_M, cells.indptr_P),
             shape=(cells.num_cells, self.num_genes),
         )
-        obs = pd.concat([obs for _, obs in parts]) if parts else pd.DataFrame()
+        obs = pd.concat([obs for _, obs in parts])
         for key in ("perturbation", "cell_type", "batch"):
             if (name := self.columns[key]) in obs:
                 obs[name] = obs[name].astype("category")

@@ -1,4 +1,4 @@
-"""The parquet tables of a store, written and read: genes, perturbations, conditions, their codes."""
+"""The parquet tables of a store, written and read: genes, perturbations, conditions, codes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,303 @@
+"""Chunks: bytes and back without loss, and values equal to scipy in torch and in numba."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scale.config import Codec
+from scale.data.codec import CHUNK_CELLS, encode_chunk, parse_chunk
+from scale.data.compact import Projection, compact_from_chunks, decode, decode_numba
+from scale.data.csr import LARGEST_COUNT, CsrCounts, checked_counts
+from scale.data.gather import gather_rows
+from scale.types import SourceError, StoreError
+
+# float32 log1p of a float32 product: half a unit in the last place of values below 16 is 4.8e-7
+TOLERANCE = 1e-6
+EDGE_GAPS = (0, 1, 254, 255, 256, 511, 65_535)
+EDGE_COUNTS = (1, 2, 255, 256, 257, 65_536, 65_537, LARGEST_COUNT)
+
+
+def random_cells(rng, num_cells, num_genes, *, with_edges=False, batch=False):
+    """Cells with empty rows; with gaps and counts on both sides of every escape if asked."""
+    rows = []
+    for _ in range(num_cells):
+        if with_edges:
+            column = np.cumsum(rng.choice(EDGE_GAPS, rng.integers(0, 12)) + 1) - 1
+            rows.append(column[column < num_genes])
+        else:
+            size = int(rng.integers(0, num_genes // 2 + 1))
+            rows.append(np.sort(rng.choice(num_genes, size, replace=False)))
+    indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    total = int(indptr[-1])
+    counts = rng.choice(EDGE_COUNTS, total) if with_edges else rng.geometric(0.6, total)
+    return CsrCounts(
+        indptr,
+        np.concatenate(rows).astype(np.int32),
+        counts.astype(np.uint32),
+        rng.integers(1, 1 << 31, num_cells).astype(np.uint32),
+        rng.integers(0, 65_536, num_cells).astype(np.uint16) if batch else None,
+    )
+
+
+def to_scipy(cells, num_genes):
+    data = (cells.counts_M.astype(np.float64), cells.indices_M, cells.indptr_P)
+    return sp.csr_matrix(data, shape=(cells.num_cells, num_genes))
+
+
+def assert_equal(left, right):
+    for name in ("indptr_P", "indices_M", "counts_M", "library_N", "batch_code_N"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
+
+
+def reference(cells, num_genes, target_sum, value_scale=1.0):
+    dense = to_scipy(cells, num_genes).toarray()
+    return np.log1p(dense * target_sum / cells.library_N[:, None]) / value_scale
+
+
+# --- bytes --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_cells=st.sampled_from([1, 2, 63, 64]),
+    num_genes=st.sampled_from([1, 7, 300, 70_000]),
+    with_edges=st.booleans(),
+    batch=st.booleans(),
+    codec=st.sampled_from(Codec),
+)
+def test_encode_then_parse_is_the_identity(seed, num_cells, num_genes, with_edges, batch, codec):
+    rng = np.random.default_rng(seed)
+    with_edges = with_edges or num_genes > 1000
+    cells = random_cells(rng, num_cells, num_genes, with_edges=with_edges, batch=batch)
+    blob = encode_chunk(cells, codec=codec)
+    chunk = parse_chunk(blob, num_genes=num_genes)
+    assert_equal(chunk.to_csr(), cells)
+    assert encode_chunk(chunk.to_csr(), codec=codec) == blob
+    rows = rng.permutation(num_cells)[: int(rng.integers(1, num_cells + 1))]
+    assert_equal(chunk.select_rows(rows).to_csr(), cells.take(rows))
+
+
+def test_rows_of_every_gap_and_count_that_needs_an_escape():
+    gaps, counts = np.meshgrid(EDGE_GAPS, EDGE_COUNTS)
+    cells = CsrCounts(
+        np.arange(gaps.size + 1)[: CHUNK_CELLS + 1],
+        gaps.ravel()[:CHUNK_CELLS].astype(np.int32),
+        counts.ravel()[:CHUNK_CELLS].astype(np.uint32),
+        np.full(min(gaps.size, CHUNK_CELLS), 2**32 - 1, np.uint32),
+    )
+    assert cells.num_cells == gaps.size
+    assert_equal(parse_chunk(encode_chunk(cells, codec=Codec.zstd)).to_csr(), cells)
+
+
+def test_layout_of_the_head_does_not_change():
+    cells = CsrCounts(
+        np.array([0, 2, 2]),
+        np.array([1, 258], np.int32),
+        np.array([257, 3], np.uint32),
+        np.array([300, 7], np.uint32),
+        np.array([4, 65_535], np.uint16),
+    )
+    expected = (
+        b"SCLC\x01\x00\x00\x01" + b"\x02\x00\x00\x00"  # version, kind, codec, flags; n
+        b"\x02\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x00\x02\x00\x00\x00"
+        b"\x2c\x01\x00\x00\x07\x00\x00\x00"  # library
+        b"\x01\x00\x00\x00" + b"\x00\x00\x00\x00"  # position of the wide gap, of the large count
+        b"\x02\x00\x00\x00" + b"\x04\x00\xff\xff"  # non-zeros, batch codes
+        b"\x01\x00" + b"\x01\x00"  # high parts: gap 256, count - 1 = 256
+        b"\x01\x00" + b"\x00\x02"  # streams
+    )
+    assert encode_chunk(cells, codec=Codec.none) == expected
+
+
+@pytest.mark.parametrize("codec", Codec)
+def test_a_blob_that_lies_is_refused(codec):
+    rng = np.random.default_rng(0)
+    cells = random_cells(rng, 5, 70_000, with_edges=True)
+    blob = encode_chunk(cells, codec=codec)
+    with pytest.raises(StoreError, match="behind the last"):
+        parse_chunk(blob, num_genes=int(cells.indices_M.max()))
+    with pytest.raises(StoreError, match="bytes"):
+        parse_chunk(blob[:-1])
+    with pytest.raises(StoreError, match="at least 32"):
+        parse_chunk(blob[:20])
+    for position in range(len(blob)):  # parsed or refused by StoreError, nothing else
+        for flip in (1, 128):
+            damaged = bytearray(blob)
+            damaged[position] ^= flip
+            try:
+                chunk = parse_chunk(bytes(damaged), num_genes=70_000)
+            except StoreError:
+                continue
+            decode_chunks([chunk], 70_000)
+
+
+def decode_chunks(chunks, num_genes):
+    ends = np.cumsum([chunk.num_cells for chunk in chunks])
+    slots = [np.arange(e - c.num_cells, e) for e, c in zip(ends, chunks, strict=True)]
+    compact = compact_from_chunks(chunks, slots)
+    library = compact.streams().library_N
+    library.clamp_(min=1)  # a library of 0 with counts is refused by the writer
+    return decode_numba(compact, num_rows=int(ends[-1]), num_genes=num_genes, target_sum=1e4)
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+def make_batch(seed, num_genes, *, with_edges):
+    """Some chunks, some of them cut, scattered over more rows than there are cells."""
+    rng = np.random.default_rng(seed)
+    sizes = [1, 64, 17, 30]
+    parts = [random_cells(rng, n, num_genes, with_edges=with_edges) for n in sizes]
+    # libraries like those of cells, so that values have the size that they have in training
+    parts = [
+        CsrCounts(p.indptr_P, p.indices_M, p.counts_M, p.library_N % 20_000 + 1) for p in parts
+    ]
+    chunks = [parse_chunk(encode_chunk(p, codec=Codec.zstd), num_genes=num_genes) for p in parts]
+    rows = [None, None, rng.permutation(17)[:9], np.array([], np.int64)]
+    kept = CsrCounts.concatenate(
+        [p if r is None else p.take(r) for p, r in zip(parts, rows, strict=True)]
+    )
+    slot_N = rng.permutation(100)[: kept.num_cells]
+    ends = np.cumsum([n if r is None else len(r) for n, r in zip(sizes, rows, strict=True)])
+    compact = compact_from_chunks(chunks, np.split(slot_N, ends[:-1]), rows)
+    return compact, kept, slot_N
+
+
+@pytest.mark.parametrize(
+    ("num_genes", "with_edges", "value_scale"),
+    [(40, False, 1.0), (700, False, 10.0), (700, True, 1.0), (30_000, True, 1.0)],
+)
+def test_torch_and_numba_give_the_values_of_scipy(num_genes, with_edges, value_scale):
+    compact, cells, slot_N = make_batch(num_genes, num_genes, with_edges=with_edges)
+    expected = np.zeros((100, num_genes))
+    expected[slot_N] = reference(cells, num_genes, 1e4, value_scale)
+    arguments = {
+        "num_rows": 100,
+        "num_genes": num_genes,
+        "target_sum": 1e4,
+        "value_scale": value_scale,
+    }
+    for values in (decode(compact, **arguments), decode_numba(compact, **arguments)):
+        np.testing.assert_allclose(values.numpy(), expected, rtol=1e-7, atol=TOLERANCE)
+        assert not values[np.setdiff1d(np.arange(100), slot_N)].any()
+    out = torch.full((100, num_genes), torch.nan)
+    decode_numba(compact, **arguments, out=out)
+    np.testing.assert_allclose(out.numpy(), expected, rtol=1e-7, atol=TOLERANCE)
+
+
+def test_projection_reorders_drops_and_leaves_missing_genes_empty():
+    compact, cells, slot_N = make_batch(5, 700, with_edges=True)
+    rng = np.random.default_rng(1)
+    column = np.full(700, 50)
+    wanted = rng.permutation(700)[:45]
+    column[wanted] = rng.permutation(50)[:45]
+    projection = Projection(torch.from_numpy(column), 50)
+    full = np.zeros((100, 700))
+    full[slot_N] = reference(cells, 700, 1e4)
+    expected = np.zeros((100, 50))
+    expected[:, column[wanted]] = full[:, wanted]
+    for function in (decode, decode_numba):
+        values = function(
+            compact, num_rows=100, num_genes=700, target_sum=1e4, projection=projection
+        )
+        assert values.is_contiguous()
+        np.testing.assert_allclose(values.numpy(), expected, rtol=1e-7, atol=TOLERANCE)
+
+
+def test_no_cells_and_cells_without_counts_are_zeros():
+    empty = CsrCounts(
+        np.zeros(4, np.int64), np.empty(0, np.int32), np.empty(0, np.uint32), np.ones(3, np.uint32)
+    )
+    chunk = parse_chunk(encode_chunk(empty, codec=Codec.zstd), num_genes=3)
+    for compact in (compact_from_chunks([chunk], [np.arange(3)]), compact_from_chunks([], [])):
+        for function in (decode, decode_numba):
+            values = function(compact, num_rows=4, num_genes=3, target_sum=1e4)
+            assert values.shape == (4, 3)
+            assert not values.any()
+
+
+def test_numba_refuses_to_write_outside_of_the_result():
+    compact, _, _ = make_batch(3, 40, with_edges=False)
+    with pytest.raises(StoreError, match="row"):
+        decode_numba(compact, num_rows=10, num_genes=40, target_sum=1e4)
+    with pytest.raises(StoreError, match="behind the last of 20"):
+        decode_numba(compact, num_rows=100, num_genes=20, target_sum=1e4)
+
+
+def test_a_given_buffer_holds_the_streams():
+    compact, _, _ = make_batch(3, 40, with_edges=True)
+    buffer = torch.empty(compact.buffer.numel() + 100, dtype=torch.uint8)
+    rng = np.random.default_rng(0)
+    cells = random_cells(rng, 8, 40)
+    chunk = parse_chunk(encode_chunk(cells, codec=Codec.none))
+    placed = compact_from_chunks([chunk], [np.arange(8)], buffer=buffer)
+    assert placed.buffer.data_ptr() == buffer.data_ptr()
+    assert torch.equal(placed.buffer, compact_from_chunks([chunk], [np.arange(8)]).buffer)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_single_rows_out_of_mapped_shards(batch):
+    rng = np.random.default_rng(int(batch))
+    shards, parts, shard_of, offset_of = [], [], [], []
+    for shard in range(2):
+        content = b"head" * 4
+        for n in (64, 3):
+            cells = random_cells(rng, n, 3000, with_edges=True, batch=batch)
+            parts.append(cells)
+            shard_of.append(shard)
+            offset_of.append(len(content))
+            blob = encode_chunk(cells, codec=Codec.none)
+            content += blob + bytes(-len(blob) % 8)
+        shards.append(np.frombuffer(content, np.uint8))
+    chunk_N = rng.integers(0, 4, 200)
+    row_N = np.array([rng.integers(0, parts[c].num_cells) for c in chunk_N])
+    slot_N = rng.permutation(300)[:200]
+    shard_N, offset_N = np.array(shard_of)[chunk_N], np.array(offset_of)[chunk_N]
+    compact = gather_rows(shards, shard_N, offset_N, row_N, slot_N)
+    values = decode(compact, num_rows=300, num_genes=3000, target_sum=1e4).numpy()
+    for chunk, row, slot in zip(chunk_N, row_N, slot_N, strict=True):
+        expected = reference(parts[chunk].take(np.array([row])), 3000, 1e4)[0]
+        np.testing.assert_allclose(values[slot], expected, rtol=1e-7, atol=TOLERANCE)
+    with pytest.raises(StoreError, match="fewer cells"):
+        gather_rows(shards, shard_N[:1], offset_N[:1], np.array([64]), slot_N[:1])
+
+
+# --- what the format can hold -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-1.0, "cell 1: a negative count, gene 2: -1"),
+        (0.5, "cell 1: a count that is not whole"),
+        (np.nan, "cell 1: a count that is not finite"),
+        (np.inf, "cell 1: a count that is not finite"),
+        (LARGEST_COUNT + 2.0, "cell 1: a count above 16777216"),
+    ],
+)
+def test_counts_that_cannot_be_stored_are_refused(value, message):
+    matrix = sp.csr_matrix(np.array([[1.0, 0, 0], [0, 1, value]]))
+    with pytest.raises(SourceError, match=message):
+        checked_counts("cells", matrix, np.array([9, 9]), None)
+
+
+def test_rows_are_sorted_zeros_left_out_and_doubles_refused():
+    matrix = sp.csr_matrix(
+        (np.array([5.0, 0, 7]), np.array([2, 1, 0]), np.array([0, 2, 3])), shape=(2, 3)
+    )
+    cells = checked_counts("cells", matrix, np.array([5, 7]), np.array([-1, 3]))
+    assert cells.indices_M.tolist() == [2, 0]
+    assert cells.counts_M.tolist() == [5, 7]
+    assert cells.batch_code_N.tolist() == [65_535, 3]
+    double = sp.csr_matrix((np.ones(3), np.array([1, 0, 0]), np.array([0, 1, 3])), shape=(2, 3))
+    with pytest.raises(SourceError, match="cell 1: two counts of one gene"):
+        checked_counts("cells", double, np.array([1, 2]), None)
+    with pytest.raises(SourceError, match="cell 1: library 0"):
+        checked_counts("cells", matrix, np.array([5, 0]), None)
+    full = sp.csr_matrix(np.ones((1, 65_536), np.uint32))
+    with pytest.raises(SourceError, match="more than 65535 genes"):
+        checked_counts("cells", full, np.array([65_536]), None)
