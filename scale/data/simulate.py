@@ -74,9 +74,9 @@ class SimulationConfig:
     num_mechanisms: int = 8
     num_inert: int = 3
     num_subpopulations: int = 3
-    mean_library: float = 1_800.0
+    mean_library: float = 2_500.0
     dispersion: float = 4.0
-    context_share: float = 0.15
+    context_share: float = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -352,7 +352,7 @@ def _draw_truth(config: SimulationConfig, generator: np.random.Generator) -> Tru
     mechanism_P = np.arange(drugs) % config.num_mechanisms
     mechanism_P[generator.choice(drugs, size=config.num_inert, replace=False)] = -1
     programme = [
-        _sparse_effect(generator, genes, max(8, genes // 14), 1.0)
+        _sparse_effect(generator, genes, max(8, genes // 8), 1.0)
         for _ in range(config.num_mechanisms)
     ]
     gain_LK = np.exp(generator.normal(-0.1, 0.35, size=(lines, config.num_mechanisms)))
@@ -362,10 +362,10 @@ def _draw_truth(config: SimulationConfig, generator: np.random.Generator) -> Tru
         if k < 0:
             continue
         strength = np.exp(generator.normal(0.0, 0.25))
-        own_G = _sparse_effect(generator, genes, max(4, genes // 30), 0.8)
+        own_G = _sparse_effect(generator, genes, max(4, genes // 25), 0.8)
         own_G += _sparse_effect(generator, genes, 4, 2.0)
         for line in range(lines):
-            context_G = _sparse_effect(generator, genes, max(4, genes // 14), own_scale)
+            context_G = _sparse_effect(generator, genes, max(4, genes // 8), own_scale)
             effect_LPG[line, p] = strength * (gain_LK[line, k] * (programme[k] + own_G) + context_G)
     responder_PM = np.where(generator.random((drugs, states)) < 0.6, 0.9, 0.08)
     responder_PM[responder_PM.max(axis=1) < 0.5, 0] = 0.9
