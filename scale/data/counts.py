@@ -32,6 +32,8 @@ _SAMPLE_CELLS = 4096
 _SAMPLE_RUNS = 16
 _MAX_SMALLEST = 8
 _TOLERANCE = 1e-3
+_NUMBERS = "biuf"
+"""Kinds of NumPy types that a matrix of counts, or of their logarithms, may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +105,14 @@ def find_counts(
     for location in candidates:
         share, target_sum = _try_recovery(file, location, library_N)
         if share >= REQUIRED_SHARE:
+            if library_N is None:
+                _warn_if_cut(file, location)
             return CountsPlace(location, is_recovered=True, target_sum=target_sum)
         shares[location] = share
     location = max(shares, key=lambda name: shares[name])
-    for start, block in _sample(file, location):
-        with np.errstate(invalid="ignore"):
-            if len(block.data) and not (np.isfinite(block.data).all() and block.data.min() >= 0):
+    if file.matrix(location).dtype.kind in _NUMBERS:
+        for start, block in _sample(file, location):
+            if not np.isfinite(block.data).all() or block.data.min(initial=0) < 0:
                 _refuse_value(file, location, start + np.arange(block.shape[0]), block)
     hint = "" if library_N is None else ", or check that columns.library fits the matrix"
     raise SourceError(
@@ -130,7 +134,7 @@ def check_counts(
         twice in a row; the message names file, row, gene and value.
     """
     data_M = block.data
-    if not np.issubdtype(data_M.dtype, np.number) and data_M.dtype != np.bool_:
+    if data_M.dtype.kind not in _NUMBERS:
         raise SourceError(f"{file.name}: {location} holds {data_M.dtype}; expected numbers")
     if len(data_M):
         # Two comparisons decide the usual case; a NaN fails the first.
@@ -161,10 +165,12 @@ def recover_counts(
     size_N = np.diff(block.indptr)
     filled = np.flatnonzero(size_N)
     scale_N = np.full(num_cells, np.nan)
-    y_M = np.expm1(block.data.astype(np.float64))
+    with np.errstate(over="ignore"):
+        y_M = np.expm1(block.data.astype(np.float64))
+    y_M[~np.isfinite(y_M)] = -1.0  # refuses the cell, as a negative value does
     # Counts of thousands are beyond the steps of float32 values; their tolerance grows with them.
     relative = 4.0 * float(np.finfo(block.dtype if block.dtype.kind == "f" else np.float64).eps)
-    if len(filled) and np.isfinite(y_M).all():
+    if len(filled):
         starts = block.indptr[filled].astype(np.int64)
         smallest = np.minimum.reduceat(y_M, starts)
         open_cells = (smallest > 0) & (block.dtype != np.float16)
@@ -194,14 +200,14 @@ def recover_counts(
 
 
 def _is_whole(data_M: npt.NDArray[Any]) -> bool:
-    if data_M.dtype.kind in "biu":
-        return bool(data_M.dtype.kind != "i" or not len(data_M) or data_M.min() >= 0)
-    if data_M.dtype.kind != "f":
+    if data_M.dtype.kind not in _NUMBERS:
         return False
     return bool(np.all(data_M >= 0) and np.all(np.isfinite(data_M)) and np.all(_is_rint(data_M)))
 
 
 def _is_rint(data_M: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    if data_M.dtype.kind != "f":
+        return np.ones(len(data_M), dtype=bool)
     return np.asarray(np.rint(data_M) == data_M)
 
 
@@ -222,6 +228,8 @@ def _try_recovery(
     file: H5adFile, location: str, library_N: npt.NDArray[np.float64] | None
 ) -> tuple[float, float | None]:
     """Return the share of sampled cells that can be recovered, and the target sum if known."""
+    if file.matrix(location).dtype.kind not in _NUMBERS:
+        return 0.0, None
     scales, libraries, exact = [], [], []
     for start, block in _sample(file, location):
         recovered = recover_counts(block)
@@ -230,7 +238,6 @@ def _try_recovery(
         if library_N is not None:
             libraries.append(library_N[start : start + block.shape[0]])
     if library_N is None:
-        _warn_if_cut(file, location)
         return float(np.concatenate(exact).mean()), None
     # Most cells have no common factor, so that the median of s * library is the target sum.
     product = np.concatenate(scales) * np.concatenate(libraries)
@@ -248,12 +255,13 @@ def _try_recovery(
 
 def _warn_if_cut(file: H5adFile, location: str) -> None:
     """Say so if the totals that the values were normalised to are those of other genes too."""
-    totals = np.concatenate(
-        [
-            np.asarray(block.astype(np.float64).expm1().sum(axis=1)).ravel()
-            for _, block in _sample(file, location)
-        ]
-    )
+    with np.errstate(over="ignore"):
+        totals = np.concatenate(
+            [
+                np.asarray(block.astype(np.float64).expm1().sum(axis=1)).ravel()
+                for _, block in _sample(file, location)
+            ]
+        )
     totals = totals[totals > 0]
     if len(totals) and totals.max() > 1.01 * totals.min():
         logger.warning(
@@ -270,7 +278,7 @@ def _warn_if_cut(file: H5adFile, location: str) -> None:
 def _describe(file: H5adFile, location: str) -> str:
     """Return in a few words what the values of a matrix look like."""
     dtype = file.matrix(location).dtype
-    if dtype.kind not in "fiub":
+    if dtype.kind not in _NUMBERS:
         return f"values of type {dtype}"
     values = np.concatenate([block.data for _, block in _sample(file, location)])
     if not np.isfinite(values).all():
