@@ -99,10 +99,8 @@ class PatchEncoder(nn.Module):
     def _pool(self, token_TNE: Tensor) -> Tensor:
         """Return the seeds' weighted means of the tokens, one after the other [N, D]."""
         token_NTE = token_TNE.transpose(0, 1)
-        score_NRT = (self.seed_RE @ token_NTE.transpose(1, 2)).float() / math.sqrt(
-            self.seed_RE.shape[1]
-        )
-        weight_NRT = score_NRT.softmax(-1).to(token_NTE.dtype)
+        score_NRT = self.seed_RE @ token_NTE.transpose(1, 2) / math.sqrt(self.seed_RE.shape[1])
+        weight_NRT = _at_least_float32(score_NRT).softmax(-1).to(token_NTE.dtype)
         return (weight_NRT @ token_NTE).flatten(1)
 
     def sharded_state_dict(
@@ -163,11 +161,15 @@ class PopulationSummary(nn.Module):
         mean_BD = torch.bmm(weight_B1U, inner_BUD).squeeze(1)
         # Its bias counts with this rank's share of the cells.
         mean_BD = F.linear(mean_BD, self.cell_2.weight) + weight_B1U.sum(2) * self.cell_2.bias
-        mean_BD = mean_BD.float() if mean_BD.dtype == torch.bfloat16 else mean_BD
+        mean_BD = _at_least_float32(mean_BD)
         if tensor_parallel_size() > 1:
             mean_BD = reduce_from_tensor_model_parallel_region(mean_BD)
         summary_BD: Tensor = self.population(F.silu(mean_BD))
         return summary_BD
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def replicated_state(module: nn.Module, prefix: str) -> dict[str, Any]:

@@ -81,8 +81,7 @@ def test_patch_encoder_equals_plain_torch():
     attention = (torch.einsum("re,nte->nrt", weights["seed_RE"], n) / math.sqrt(8)).softmax(-1)
     pooled = torch.einsum("nrt,nte->nre", attention, n).flatten(1)
     expected = (pooled @ weights["out.weight"].T).view(2, 3, 16)
-    # the weights of the seeds are a float32 softmax also under float64
-    torch.testing.assert_close(encoder(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder(x), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("gene_layers", [0, 1])
