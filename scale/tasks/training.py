@@ -285,7 +285,7 @@ def _describe(config: Config, prepared: Prepared, layout: Layout) -> list[str]:
     sizes, sets = prepared.record.model, config.trainer.sets_per_batch
     return [
         f"model {prepared.model.num_parameters():,} parameters, "
-        f"{prepared.model.flops_per_cell() / 1e6:,.1f} MFLOP per cell and step",
+        f"{prepared.model.flops_per_cell() / 1e6:,.3g} MFLOP per cell and step",
         f"layout: {layout.describe()}",
         f"{sets * sizes.set_size:,} cells per step: {sets} sets of {sizes.set_size} treated cells, "
         f"{micro_batch_sets(config.trainer, layout)} sets per forward pass of a rank; each cell "

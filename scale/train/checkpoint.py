@@ -11,6 +11,7 @@ No random state is kept: every draw of data and model is a function of the seed 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -149,7 +150,10 @@ def load_weights(folder: Path, engine: Engine) -> None:
     """Read what :func:`save_weights` wrote, from any layout; a collective of all ranks."""
     wanted = _sharded_state(engine, is_loading=True)
     try:
-        loaded = dist_checkpointing.load(wanted, str(folder))
+        with warnings.catch_warnings():
+            # Megatron-core calls functions that torch has renamed.
+            warnings.simplefilter("ignore", FutureWarning)
+            loaded = dist_checkpointing.load(wanted, str(folder))
     except CheckpointingException as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
     engine.model.load_state_dict(loaded["model"])
