@@ -1,0 +1,123 @@
+"""Trained weights for a larger vocabulary: new names in a finetune, or another list of genes.
+
+Only whole weights are touched, so this works on the state of any rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from scale.types import CONTROL_COMPONENT, CheckpointError, Vocabulary
+
+_TABLES = "condition.component_table", "condition.cell_type_table", "condition.batch_table"
+_GENE_AXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "encoder.patch_TPE": lambda x: x.flatten(0, 1),
+    "encoder.genes.weight": lambda x: x.T,
+    "readout.genes.weight": lambda x: x,
+    "readout.genes.bias": lambda x: x,
+    "mean_G": lambda x: x,
+    "basis_GP": lambda x: x,
+}
+"""Weights with one row per gene, and how to see them as such."""
+_PER_PATCH = "encoder.identity_TE"
+
+
+def extend_state(
+    fresh: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+    old: Vocabulary,
+    new: Vocabulary,
+) -> dict[str, Tensor]:
+    """Return the state of a model for ``new`` with what was trained for ``old``.
+
+    Rows of a table move with their names; a new name starts at the mean of the named rows. Where
+    the genes differ, the weights of a gene move with its symbol, those of a new gene stay fresh
+    (a readout of zero), and patches keep their identity by place.
+
+    Parameters
+    ----------
+    fresh
+        ``state_dict`` of a new model for ``new``, of the same sizes.
+    trained
+        ``state_dict`` of the trained model, on the same layout of ranks.
+    old, new
+        Their vocabularies.
+
+    Raises
+    ------
+    CheckpointError
+        If the two models differ in more than the vocabulary; the message names the first weight.
+    """
+    tables = dict(zip(_TABLES, _table_names(old, new), strict=True))
+    same_genes = old.genes == new.genes
+    result: dict[str, Tensor] = {}
+    for name, start in fresh.items():
+        if not isinstance(start, Tensor):  # Megatron's empty extra states
+            result[name] = start
+            continue
+        if name not in trained:
+            raise CheckpointError(f"the checkpoint lacks {name}; it was made by another model")
+        value = trained[name]
+        if name in tables:
+            value = _move_table(start, value, *tables[name])
+        elif not same_genes:
+            value = _move_genes(name, start, value, old.genes, new.genes)
+        if value.shape != start.shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(value.shape)} in the checkpoint and {tuple(start.shape)} "
+                "here; sizes of the model cannot change"
+            )
+        result[name] = value.to(start.dtype)
+    return result
+
+
+_Names = tuple[Sequence[str], Sequence[str], int]
+
+
+def _table_names(old: Vocabulary, new: Vocabulary) -> list[_Names]:
+    """Return names by row of each table before and after, and its number of special rows."""
+    # A batch column can be missing: then the table is the null row alone.
+    return [
+        (old.components, new.components, CONTROL_COMPONENT + 1),
+        (("", *old.cell_types), ("", *new.cell_types), 1),
+        (("", *old.batches), ("", *new.batches), 1),
+    ]
+
+
+def _move_table(
+    start: Tensor, value: Tensor, old: Sequence[str], new: Sequence[str], num_special: int
+) -> Tensor:
+    named = value[num_special:] if len(value) > num_special else value
+    table = named.mean(0, keepdim=True).expand(len(new), -1).clone()
+    # Special rows move by place, whatever the control is called.
+    table[:num_special] = value[:num_special]
+    row = {name: i for i, name in enumerate(old) if i >= num_special}
+    places = [(i, row[name]) for i, name in enumerate(new) if i >= num_special and name in row]
+    if places:
+        to, of = zip(*places, strict=True)
+        table[list(to)] = value[list(of)]
+    return table.to(start.device)
+
+
+def _move_genes(
+    name: str, start: Tensor, value: Tensor, old: Sequence[str], new: Sequence[str]
+) -> Tensor:
+    """Return a weight with the genes of the new list; others as they were."""
+    if name == _PER_PATCH:
+        kept = start.clone()
+        shared = min(len(start), len(value))
+        kept[:shared] = value[:shared]
+        return kept
+    as_rows = _GENE_AXES.get(name)
+    if as_rows is None:
+        return value
+    row = {gene: i for i, gene in enumerate(old)}
+    places = [(i, row[gene]) for i, gene in enumerate(new) if gene in row]
+    moved = start.clone()
+    if places:
+        to, of = zip(*places, strict=True)
+        # a view of the copy, so this writes into it
+        as_rows(moved)[list(to)] = as_rows(value)[list(of)]
+    return moved
