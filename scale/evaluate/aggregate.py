@@ -159,7 +159,12 @@ def aggregate(scores: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
 
 
 def full_depth(metric: str, half_depth: pd.Series) -> float:
-    """Return what a ceiling at half depth is at full depth, averaged like the scores.
+    """Return what a ceiling at half depth is at full depth, averaged like the scores."""
+    return float(full_depth_of(metric, half_depth).groupby(level="unit").mean().mean())
+
+
+def full_depth_of(metric: str, half_depth: pd.Series) -> pd.Series:
+    """Return context means of a half-depth ceiling carried to full depth.
 
     Parameters
     ----------
@@ -172,13 +177,12 @@ def full_depth(metric: str, half_depth: pd.Series) -> float:
     """
     match METRICS[metric].full_depth:
         case "spearman_brown":
-            corrected = (2 * half_depth / (1 + half_depth)).where(half_depth > 0)
+            return (2 * half_depth / (1 + half_depth)).where(half_depth > 0)
         case "half":
-            corrected = half_depth / 2
+            return half_depth / 2
         case "root_half":
-            corrected = half_depth / np.sqrt(2)
+            return half_depth / float(np.sqrt(2))
         case "same":
-            corrected = half_depth
+            return half_depth
         case _:
-            return float("nan")
-    return float(corrected.groupby(level="unit").mean().mean())
+            return half_depth * float("nan")

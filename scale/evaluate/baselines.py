@@ -9,181 +9,20 @@ adding a change to log values and clipping at 0 does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse as sp
 
-from scale.evaluate.checks import CellTable
-from scale.evaluate.statistics import Floats, column_means
+from scale.evaluate.statistics import Floats
+from scale.evaluate.training import Change, InputControl, Training
 
 SEPARATOR = "+"
 """Text between the names of a combination."""
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Expected change of a condition against its control.
-
-    Parameters
-    ----------
-    delta_G
-        Of mean log1p expression.
-    log_fraction_G
-        Of log expression fractions; None without counts.
-    """
-
-    delta_G: Floats
-    log_fraction_G: Floats | None
-
-    @staticmethod
-    def mean(changes: Sequence[Change]) -> Change:
-        """Return the average of changes."""
-        return Change.weighted(changes, [1.0 / len(changes)] * len(changes))
-
-    @staticmethod
-    def weighted(changes: Sequence[Change], weights: Sequence[float] | Floats) -> Change:
-        """Return a weighted sum of changes."""
-        delta_G = sum(w * c.delta_G for w, c in zip(weights, changes, strict=True))
-        fractions = [c.log_fraction_G for c in changes if c.log_fraction_G is not None]
-        log_fraction_G = None
-        if len(fractions) == len(changes):
-            log_fraction_G = sum(w * f for w, f in zip(weights, fractions, strict=True))
-        return Change(np.asarray(delta_G), None if log_fraction_G is None else log_fraction_G)
-
-
 class Unavailable(ValueError):
     """A baseline cannot exist for a condition; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputControl:
-    """Control cells that a prediction may start from."""
-
-    values: sp.csr_matrix
-    counts: sp.csr_matrix | None
-
-    @property
-    def fraction_G(self) -> Floats | None:
-        """Expression fractions, half a count added to each gene; None without counts."""
-        if self.counts is None:
-            return None
-        total_G = np.asarray(self.counts.sum(axis=0, dtype=np.float64)).ravel() + 0.5
-        return np.asarray(total_G / total_G.sum())
-
-
-class Training:
-    """Changes of all training conditions, each against the control of its context.
-
-    Parameters
-    ----------
-    train
-        Training cells with control cells, or None.
-    control
-        Label of the control.
-    inputs
-        Input control cells of the scored contexts: they stand in for the training file's own, so
-        that no control cell of the reference half is read.
-    """
-
-    def __init__(
-        self, train: CellTable | None, control: str, inputs: dict[str, InputControl]
-    ) -> None:
-        self.changes: dict[tuple[str, str], Change] = {}
-        self.mean_G: dict[tuple[str, str], Floats] = {}
-        self.control_mean_G = {c: column_means(i.values) for c, i in inputs.items()}
-        if train is None:
-            return
-        groups = train.rows()
-        for context in sorted({c for c, _ in groups}):
-            source = inputs.get(context)
-            if source is None and (rows := groups.get((context, control))) is not None:
-                counts = None if train.counts is None else train.counts[rows]
-                source = InputControl(train.values[rows], counts)
-            if source is None:
-                continue
-            mean_G, fraction_G = column_means(source.values), source.fraction_G
-            self.control_mean_G[context] = mean_G
-            for pair in sorted(p for p in groups if p[0] == context and p[1] != control):
-                self._add(pair, train, groups[pair], mean_G, fraction_G)
-
-    def _add(
-        self,
-        pair: tuple[str, str],
-        train: CellTable,
-        rows: np.ndarray[tuple[int], np.dtype[np.int64]],
-        control_mean_G: Floats,
-        control_fraction_G: Floats | None,
-    ) -> None:
-        mean_G = column_means(train.values[rows])
-        log_fraction_G = None
-        if train.counts is not None and control_fraction_G is not None:
-            total_G = np.asarray(train.counts[rows].sum(axis=0, dtype=np.float64)).ravel()
-            # One pseudo-count per gene on average, spread like the control: it shrinks towards no
-            # change whatever the depth, where a uniform one would make depth look like an effect.
-            smoothed_G = total_G + total_G.size * control_fraction_G
-            log_fraction_G = np.log(smoothed_G / smoothed_G.sum() / control_fraction_G)
-        self.mean_G[pair] = mean_G
-        self.changes[pair] = Change(mean_G - control_mean_G, log_fraction_G)
-
-    @cached_property
-    def contexts(self) -> list[str]:
-        """Contexts with training perturbations."""
-        return sorted({context for context, _ in self.changes})
-
-    @cached_property
-    def labels(self) -> list[str]:
-        """Training perturbations of all contexts."""
-        return sorted({label for _, label in self.changes})
-
-    def of_context(self, context: str) -> list[Change]:
-        """Changes of a context's training perturbations."""
-        return [change for (c, _), change in self.changes.items() if c == context]
-
-    def of_label(self, label: str) -> list[Change]:
-        """Changes of a perturbation over the training contexts."""
-        return [change for (_, p), change in self.changes.items() if p == label]
-
-    def reference_mean_G(self, context: str) -> Floats | None:
-        """Mean expression over the context's training perturbations, or None."""
-        means = [mean_G for (c, _), mean_G in self.mean_G.items() if c == context]
-        return np.mean(means, axis=0) if means else None
-
-    @cached_property
-    def reference_delta_G(self) -> Floats | None:
-        """Mean change over training contexts of their mean change, or None."""
-        if not self.contexts:
-            return None
-        return np.asarray(
-            np.mean([Change.mean(self.of_context(c)).delta_G for c in self.contexts], axis=0)
-        )
-
-    @cached_property
-    def _additive(self) -> tuple[Floats, list[Change]]:
-        """Pseudo-inverse of the additive design, and the changes it multiplies."""
-        pairs = list(self.changes)
-        design = np.zeros((len(pairs), 1 + len(self.contexts) + len(self.labels)))
-        design[:, 0] = 1.0
-        for row, (context, label) in enumerate(pairs):
-            design[row, 1 + self.contexts.index(context)] = 1.0
-            design[row, 1 + len(self.contexts) + self.labels.index(label)] = 1.0
-        inverse = np.asarray(np.linalg.pinv(design), dtype=np.float64)
-        return inverse, [self.changes[pair] for pair in pairs]
-
-    def additive(self, context: str, label: str) -> Change:
-        """Return context effect + perturbation effect - grand mean, by least squares."""
-        inverse, changes = self._additive
-        query = np.zeros(inverse.shape[0])
-        query[0] = 1.0
-        first = 1 + len(self.contexts)
-        if context in self.contexts:
-            query[1 + self.contexts.index(context)] = 1.0
-        else:
-            query[1:first] = 1.0 / len(self.contexts)
-        query[first + self.labels.index(label)] = 1.0
-        return Change.weighted(changes, query @ inverse)
 
 
 # --- the baselines ------------------------------------------------------------------------------
@@ -233,11 +72,21 @@ def _nearest(training: Training, context: str, label: str) -> Change:
     return training.changes[(known[int(np.argmax(closeness))], label)]
 
 
+def _linear(training: Training, context: str, label: str) -> Change:
+    if len(training.contexts) < 2 or label not in training.labels:
+        raise Unavailable("perturbation not in training in another context")
+    try:
+        return training.linear(context, label)
+    except KeyError as error:
+        raise Unavailable("perturbation not in training in another context") from error
+
+
 BASELINES: dict[str, Callable[[Training, str, str], Change]] = {
     "control_copy": _no_change,
     "perturbation_mean": _perturbation_mean,
     "context_transfer": _context_transfer,
     "additive": _additive,
+    "linear": _linear,
     "nearest": _nearest,
 }
 """Expected change by baseline: (training, context, perturbation) -> change, or Unavailable."""

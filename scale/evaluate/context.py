@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from scale.evaluate.baselines import InputControl, Training
 from scale.evaluate.checks import CellTable, Rows
 from scale.evaluate.distances import Space, energy_distance
 from scale.evaluate.scoring import Facts, gene_numbers
 from scale.evaluate.sides import Control, Side, make_control, side_of_cells
+from scale.evaluate.training import InputControl, Training
 from scale.runtime import derive, mix64_array
 
 

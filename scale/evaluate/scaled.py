@@ -1,0 +1,133 @@
+"""Scores on a scale that can be read: 0 = the best trivial prediction, 1 = a repeated experiment.
+
+Raw scores of different metrics, data sets and depths cannot be compared; this places each between
+the best baseline and the replicate, where there is room between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from scale.evaluate.aggregate import CEILING, CELLS, full_depth_of
+from scale.evaluate.metrics import METRICS
+
+_SPLIT_SDS = 3.0
+_NAN = float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scale:
+    """The two ends of a metric's scale, over units and by context; ``reason`` if there is none."""
+
+    baseline: str = ""
+    form: str = ""
+    low: float = _NAN
+    high: float = _NAN
+    high_sd: float = _NAN
+    low_by_context: pd.Series | None = None
+    room_by_context: pd.Series | None = None
+    reason: str = ""
+
+
+def add_scaled(
+    table: pd.DataFrame,
+    scores: pd.DataFrame,
+    splits: pd.DataFrame,
+    baselines: Collection[str],
+) -> pd.DataFrame:
+    """Return the aggregate with the columns of the scaled score.
+
+    .. math:: s = (u - b) / (r - b)
+
+    per context, then averaged like every score. b is the best baseline on this metric, in its
+    better form, among those that cover every scored condition; r is the replicate at full depth
+    (at half depth for metrics that have no correction, so that s may pass 1). Not clipped. NaN,
+    with the reason, where r - b is below 3 standard deviations over the splits, or where the
+    replicate is not better than the baseline: then no model can be ranked on this metric.
+
+    Parameters
+    ----------
+    table
+        From :func:`scale.evaluate.aggregate.aggregate`.
+    scores
+        Long table of scores.
+    splits
+        Ceiling by split: split, unit, context, metric, value (mean over conditions).
+    baselines
+        Names of baseline methods.
+    """
+    means = _context_means(scores)
+    scales = {metric: _scale(metric, table, means, splits, baselines) for metric in METRICS}
+    values, reasons = [], []
+    for method, form, metric in zip(table["method"], table["form"], table["metric"], strict=True):
+        scale = scales[metric]
+        values.append(_NAN)
+        reasons.append(scale.reason)
+        if scale.room_by_context is not None and method != CEILING:
+            ratio = (means[(method, form, metric)] - scale.low_by_context) / scale.room_by_context
+            values[-1] = _over_units(ratio)
+    chosen = [scales[metric] for metric in table["metric"]]
+    return table.assign(
+        baseline=[s.baseline for s in chosen],
+        baseline_form=[s.form for s in chosen],
+        baseline_mean=[s.low for s in chosen],
+        ceiling=[s.high for s in chosen],
+        ceiling_sd=[s.high_sd for s in chosen],
+        scaled=values,
+        scaled_reason=reasons,
+    )
+
+
+def _context_means(scores: pd.DataFrame) -> dict[tuple[str, str, str], pd.Series]:
+    """(method, form, metric) -> context means, indexed by (unit, context)."""
+    return {
+        (str(method), str(form), str(metric)): block.groupby(["unit", "context"])["value"].mean()
+        for (method, form, metric), block in scores.groupby(["method", "form", "metric"])
+    }
+
+
+def _over_units(by_context: pd.Series) -> float:
+    return float(by_context.groupby(level="unit").mean().mean())
+
+
+def _scale(
+    metric: str,
+    table: pd.DataFrame,
+    means: dict[tuple[str, str, str], pd.Series],
+    splits: pd.DataFrame,
+    baselines: Collection[str],
+) -> _Scale:
+    """Return baseline and ceiling of a metric, or the reason why there is no scale."""
+    better = METRICS[metric].better
+    if better == "none":
+        return _Scale(reason="a description, not a score")
+    rows = table[(table["metric"] == metric) & table["mean"].notna()]
+    rivals = rows[rows["method"].isin(list(baselines))]
+    rivals = rivals[rivals["num_conditions"] == rows["num_conditions"].max()]
+    if rivals.empty:
+        return _Scale(reason="no baseline covers every condition")
+    best = rivals["mean"].idxmax() if better == "higher" else rivals["mean"].idxmin()
+    baseline, form = str(rivals["method"].to_dict()[best]), str(rivals["form"].to_dict()[best])
+    low_by_context = means[(baseline, form, metric)]
+    scale = _Scale(baseline=baseline, form=form, low=_over_units(low_by_context))
+    half = means.get((CEILING, CELLS, metric))
+    if half is None or half.isna().all():
+        return replace(scale, reason="no ceiling")
+    full = full_depth_of(metric, half)
+    ceiling = half if full.isna().all() else full
+    block = splits[splits["metric"] == metric]
+    per_split = block.groupby(["split", "unit"])["value"].mean().groupby(level="split").mean()
+    sd = float(per_split.std(ddof=1)) if len(per_split) > 1 else _NAN
+    scale = replace(scale, high=_over_units(ceiling), high_sd=sd)
+    sign = 1.0 if better == "higher" else -1.0
+    least = _SPLIT_SDS * float(np.nan_to_num(sd))
+    room = ceiling - low_by_context
+    if not sign * _over_units(room) > least:
+        return replace(scale, reason="no headroom: the best baseline is at the ceiling")
+    # a context without room of its own would rule the mean by a small divisor
+    room = room.where(sign * room > least)
+    return replace(scale, low_by_context=low_by_context, room_by_context=room)
