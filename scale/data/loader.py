@@ -132,6 +132,13 @@ class SetReader:
 
     def read(self, set_index_B: Integers) -> HostBatch:
         """Return some sets as they are stored; pinned where the device is CUDA."""
+        if self._on_host:
+            return self._read(set_index_B)
+        # a thread starts on device 0, where pinning would open a context for every rank
+        with torch.cuda.device(self._device):
+            return self._read(set_index_B)
+
+    def _read(self, set_index_B: Integers) -> HostBatch:
         block = self._plan.block(set_index_B)
         treated, codes = self._read_treated(block)
         for b, code_N in enumerate(codes):

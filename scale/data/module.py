@@ -1,8 +1,7 @@
 """The data of a run: store, split, vocabulary and plan behind one object.
 
 ``CellSetDataModule`` gives endless training batches that start at any set and do not depend on how
-many ranks share them, and every cell of a held-out part in order. ``CellSetDataset`` is the same
-data behind the (epoch, index) contract of BioNeMo.
+many ranks share them, and every cell of a held-out part in order.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from contextlib import closing
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +40,6 @@ from scale.types import Batch, PlanError, Vocabulary
 
 __all__ = [
     "CellSetDataModule",
-    "CellSetDataset",
     "TrainingStatistics",
     "extend_vocabulary",
     "training_conditions",
@@ -53,26 +51,27 @@ Part = Literal["train", "val", "test"]
 _CPU = torch.device("cpu")
 
 
-def assign_parts(store: CellSetStore, config: DataConfig) -> npt.NDArray[np.str_]:
+def _read_split(config: DataConfig) -> Split:
+    return Split.everything() if config.split is None else Split.read(Path(config.split))
+
+
+def _assign_parts(store: CellSetStore, split: Split, config: DataConfig) -> npt.NDArray[np.str_]:
     """Return the part of each condition: train, val, test or unused."""
-    split = Split.everything() if config.split is None else Split.read(Path(config.split))
-    return np.asarray(
-        split.assign(
-            store.conditions,
-            store.perturbations,
-            labels=store.labels,
-            unknown=config.unknown,
-            heldout_controls=config.heldout_controls,
-        )
+    return split.assign(
+        store.conditions,
+        store.perturbations,
+        labels=store.labels,
+        unknown=config.unknown,
+        heldout_controls=config.heldout_controls,
     )
 
 
 def training_conditions(store: CellSetStore, config: DataConfig) -> list[int]:
     """Return the conditions whose cells are targets in training, in order of id."""
-    is_train = assign_parts(store, config) == "train"
+    is_train = _assign_parts(store, _read_split(config), config) == "train"
     if config.control_fraction == 0:
         is_train &= ~store.conditions["is_control"].to_numpy(bool)
-    return np.flatnonzero(is_train).tolist()
+    return [int(c) for c in np.flatnonzero(is_train)]
 
 
 class CellSetDataModule:
@@ -120,7 +119,8 @@ class CellSetDataModule:
         self._seed, self._plan_seed = seed, seed if plan_seed is None else plan_seed
         self._rank, self._num_ranks = data_parallel_rank, data_parallel_size
         self._device = device
-        self._parts = assign_parts(self.store, config)
+        self.split = _read_split(config)
+        self._parts = _assign_parts(self.store, self.split, config)
         self._is_control = self.store.conditions["is_control"].to_numpy(bool)
         self._has_own_vocabulary = vocabulary is None
         if vocabulary is None:
@@ -176,8 +176,8 @@ class CellSetDataModule:
             )
             raise PlanError(
                 f"no training conditions: of {int((~self._is_control).sum())} treated conditions "
-                f"in {self.store.path} the split {self.config.split} makes {counts}, and leaves "
-                f"the rest unused; list some as train, or use data.split=null"
+                f"in {self.store.path}, {self.split.name} makes {counts}, and leaves the "
+                "rest unused; list some as train, or set data.split=null"
             )
         return treated + (self._controls("train") if self.config.control_fraction > 0 else [])
 
@@ -284,6 +284,8 @@ class CellSetDataModule:
         sets_per_batch
             Sets per batch; the last batch may have fewer.
         """
+        if not self.has_part(part):
+            raise PlanError(f"{self.split.name} has no {part} conditions in {self.store.path}")
         key = (part, max_sets_per_condition)
         if key not in self._part_readers:
             plan = SetPlan(
@@ -382,6 +384,11 @@ class CellSetDataModule:
         lines.append(
             f"plan: {plan.num_sets_per_epoch:,} sets per epoch of up to {self._set_size} cells"
         )
+        if num_mixed := int(plan.is_by_cell.sum()):
+            lines.append(
+                f"{num_mixed} conditions have cells of several batches; each control is drawn from "
+                "the batch of a treated cell"
+            )
         if fell_back := plan.pools.fell_back:
             lines.append(
                 f"{len(fell_back)} control pools have fewer than "
@@ -398,33 +405,3 @@ class CellSetDataModule:
         for reader in readers:
             reader.close()
         self.store.close()
-
-
-# --- the contract of BioNeMo --------------------------------------------------------------------
-
-
-class EpochIndex(Protocol):
-    """Anything with an epoch and an index, as bionemo-core's ``EpochIndex``."""
-
-    epoch: int
-    idx: int
-
-
-class CellSetDataset:
-    """One training set per (epoch, index): a pure function with a length that never changes.
-
-    bionemo-core's ``MultiEpochDatasetResampler`` and ``MultiEpochDatasetWrapper`` run over it.
-    """
-
-    def __init__(self, module: CellSetDataModule) -> None:
-        self._reader = module.train_reader
-        self._length = module.train_plan.num_sets_per_epoch
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: EpochIndex) -> Batch:
-        """Return a batch of one set."""
-        if not 0 <= index.idx < self._length:
-            raise IndexError(f"set {index.idx} of {self._length}")
-        return self._reader.batch(np.array([index.epoch * self._length + index.idx]))

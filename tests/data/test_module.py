@@ -11,9 +11,9 @@ import torch
 from cell_set_store import BATCHES, CELL_TYPES, CONTROL, NUM_GENES, write_store
 
 from scale.config import DataConfig, HeldoutControls, MatchBatch, Weighting
+from scale.data.dataset import CellSetDataset
 from scale.data.module import (
     CellSetDataModule,
-    CellSetDataset,
     extend_vocabulary,
     training_conditions,
 )
@@ -168,7 +168,10 @@ def test_training_reads_no_chunk_of_what_is_held_out(make, split, controls, cont
 def test_parts_are_those_of_the_split(make, split):
     module = make(split=split)
     assert all(module.has_part(part) for part in ("train", "val", "test"))
-    assert not make().has_part("val")
+    plain = make()
+    assert not plain.has_part("val")
+    with pytest.raises(PlanError, match="no split has no val conditions"):
+        next(plain.part_batches("val", max_sets_per_condition=1, sets_per_batch=1))
     labels = [module.store.condition(c) for c in module.part_conditions("val")]
     assert {(x.cell_type, x.perturbation.label) for x in labels} == {("HepG2", "crizotinib")}
 
