@@ -273,8 +273,12 @@ def _cut(
 ) -> list[npt.NDArray[Any]]:
     """Return adjacent arrays of one type."""
     whole = np.frombuffer(blob, dtype, sum(sizes), start)
-    ends = np.cumsum(sizes).tolist()
-    return [whole[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    parts = []
+    stop = 0
+    for size in sizes:
+        start, stop = stop, stop + size
+        parts.append(whole[start:stop])
+    return parts
 
 
 def _stream(stored: memoryview, codec: int, size: int) -> npt.NDArray[np.uint8]:

@@ -27,7 +27,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scale.data.codec import CHUNK_CELLS, CellChunk, parse_chunk
-from scale.data.csr import NO_BATCH, CsrCounts, IntArray
+from scale.data.csr import CsrCounts, IntArray
 from scale.data.genes import GeneVocabulary
 from scale.data.shards import Shards
 from scale.data.store_files import ADDED_COLUMNS, CHUNK_DTYPE, check_files, read_manifest
@@ -287,51 +287,73 @@ class CellSetStore:
         """
         from anndata import AnnData
 
-        wanted = list(self.conditions.index) if conditions is None else list(conditions)
-        parts = [self._take(int(condition), max_cells) for condition in wanted]
-        parts = parts or [self._take(int(self.conditions.index[0]), 0)]  # the columns at least
-        cells = CsrCounts.concatenate([cells for cells, _ in parts])
+        table = self.conditions if conditions is None else self.conditions.loc[list(conditions)]
+        sizes = table["num_cells"].to_numpy()
+        if max_cells is not None:
+            sizes = np.minimum(sizes, max_cells)
+        parts = [self.read(c, np.arange(n)) for c, n in zip(table.index, sizes, strict=True)]
+        cells = CsrCounts.concatenate(parts)
         matrix = sp.csr_matrix(
             (cells.counts_M.astype(np.float32), cells.indices_M, cells.indptr_P),
             shape=(cells.num_cells, self.num_genes),
         )
-        obs = pd.concat([obs for _, obs in parts])
-        for key in ("perturbation", "cell_type", "batch"):
-            if (name := self.columns[key]) in obs:
-                obs[name] = obs[name].astype("category")
         var = pd.DataFrame(index=pd.Index(self.genes.symbols, dtype=object))
         if self.genes.ensembl_ids is not None:
             var["ensembl_id"] = list(self.genes.ensembl_ids)
-        return AnnData(matrix, obs=obs, var=var)
+        return AnnData(matrix, obs=self._describe(table, parts), var=var)
 
-    def _take(self, condition: int, max_cells: int | None) -> tuple[CsrCounts, pd.DataFrame]:
-        """Return the first cells of a condition and what is known of them."""
-        what, row = self.condition(condition), self._row(condition)
-        total = int(row["num_cells"])
-        n = total if max_cells is None else min(max_cells, total)
-        cells = self.read(condition, np.arange(n))
-        fold = control_fold(what, total)[:n] if what.is_control else np.full(n, -1, np.int8)
-        source = [f"c{condition}:{i}" for i in range(n)]
-        values: dict[str | None, Any] = dict(
-            zip(
-                ADDED_COLUMNS,
-                (cells.library_N, condition, what.is_control, source, fold),
-                strict=True,
+    def _describe(self, table: pd.DataFrame, parts: Sequence[CsrCounts]) -> pd.DataFrame:
+        """Return what is known of the first cells of the conditions in ``table``."""
+        sizes = [part.num_cells for part in parts]
+
+        def spread(per_condition: Sequence[Any], dtype: Any = object) -> npt.NDArray[Any]:
+            return np.repeat(np.array(per_condition, dtype), sizes)
+
+        def join(per_cell: Sequence[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
+            return np.concatenate([np.empty(0, dtype), *per_cell])
+
+        row_N = join([np.arange(size) for size in sizes], np.int64)
+        number_N = spread(table.index.to_list(), np.int64)
+        source = [f"c{c}:{r}" for c, r in zip(number_N.tolist(), row_N.tolist(), strict=True)]
+        folds = [
+            control_fold(self.condition(c), total)[:size]
+            if is_control
+            else np.full(size, -1, np.int8)
+            for c, total, is_control, size in zip(
+                table.index, table["num_cells"], table["is_control"], sizes, strict=True
             )
+        ]
+        batches = np.array([*self.batches, None], object)  # NO_BATCH is far behind: None
+        batch = [
+            np.full(part.num_cells, name, object)
+            if part.batch_code_N is None
+            else batches[np.minimum(part.batch_code_N, len(self.batches))]
+            for name, part in zip(table["batch"], parts, strict=True)
+        ]
+        added = (
+            join([part.library_N for part in parts], np.uint32),
+            number_N,
+            spread(table["is_control"].to_list(), bool),
+            source,
+            join(folds, np.int8),
+        )
+        obs = pd.DataFrame(
+            dict(zip(ADDED_COLUMNS, added, strict=True)), index=pd.Index(source, dtype=object)
         )
         columns = self.columns
-        values[columns["perturbation"]] = self.labels[row["perturbation"]]
-        values[columns["cell_type"]] = what.cell_type
-        values[columns["batch"]] = (
-            what.batch
-            if cells.batch_code_N is None
-            else [None if c == NO_BATCH else self.batches[c] for c in cells.batch_code_N]
-        )
         if columns["dose"] is not None:
-            doses = [c.dose for c in what.perturbation.components if c.dose is not None]
-            values[columns["dose"]] = doses[0] if doses else np.nan
-        values.pop(None, None)
-        return cells, pd.DataFrame(values, index=pd.Index(source, dtype=object))
+            obs[columns["dose"]] = spread(
+                [_first_dose(self.perturbations[p]) for p in table["perturbation"]], np.float64
+            )
+        names = {
+            "perturbation": spread([self.labels[p] for p in table["perturbation"]]),
+            "cell_type": spread(table["cell_type"].to_list()),
+            "batch": join(batch, object),
+        }
+        for key, values in names.items():
+            if (name := columns[key]) is not None:
+                obs[name] = pd.Categorical(values)
+        return obs
 
     def verify(self) -> None:
         """Check every byte of every file.
@@ -357,6 +379,11 @@ class CellSetStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _first_dose(perturbation: Perturbation) -> float:
+    doses = [c.dose for c in perturbation.components if c.dose is not None]
+    return doses[0] if doses else np.nan
 
 
 def control_fold(condition: Condition, num_cells: int) -> npt.NDArray[np.int8]:
