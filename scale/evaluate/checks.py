@@ -306,21 +306,26 @@ def check_cell_numbers(
 def check_totals(observed: CellTable, predicted: CellTable, control: str) -> None:
     """Refuse predictions normalised to another target sum, or scaled.
 
-    Control cells are compared where both have them, since those must agree; else all cells, with
-    a wide tolerance, since a perturbation may move the total of a gene subset.
+    Control cells of the contexts that both have are compared, since those must agree; else treated
+    cells, with a wide tolerance, since a perturbation may move the total of a gene subset. Other
+    contexts are left out: cut to some genes, two cell lines need not add up to the same.
 
     Raises
     ------
     ValueError
         With both totals.
     """
-    masks = [t.perturbation == control for t in (observed, predicted)]
+    sides = (observed, predicted)
+    shared = np.intersect1d(observed.context, predicted.context)
+    masks = [(t.perturbation == control) & np.isin(t.context, shared) for t in sides]
     tolerance, what = _TOTALS_TOLERANCE, "control cells"
     if not all(mask.any() for mask in masks):
-        masks = [t.perturbation != control for t in (observed, predicted)]
+        masks = [(t.perturbation != control) & np.isin(t.context, shared) for t in sides]
         tolerance, what = _TOTALS_TOLERANCE_TREATED, "treated cells"
+    if not all(mask.any() for mask in masks):
+        return
     totals = []
-    for table, mask in zip((observed, predicted), masks, strict=True):
+    for table, mask in zip(sides, masks, strict=True):
         values = table.values[mask]
         values.data = np.expm1(values.data)
         totals.append(float(np.median(np.asarray(values.sum(axis=1, dtype=np.float64)))))
