@@ -8,13 +8,15 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 from example_evaluation import MODEL_QUALITY, example_evaluation
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import scale.plot
 from scale.plot.bars import CEILING, better_forms, number, score_panels, strip
 from scale.plot.canvas import Figure, method_colours, new_figure, png, spread_evenly
-from scale.plot.cells import pearson, pretty, principal_components
+from scale.plot.cells import pearson, pretty
 from scale.plot.curves import read_metrics, training_panels
 from scale.plot.heat import heat
+from scale.plot.plane import principal_components, response_directions, response_map
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def texts_of(ax):
 def boxes_overlap(figure, texts):
     """Return pairs of texts whose boxes on the canvas meet."""
     figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [(t, t.get_window_extent(renderer)) for t in texts if t.get_text() and t.get_visible()]
     return [
         (a.get_text(), b.get_text())
@@ -154,6 +156,19 @@ def test_principal_components_are_those_of_the_covariance():
     assert shares == pytest.approx(eigenvalues[:2] / eigenvalues.sum())
 
 
+def test_the_largest_response_is_the_first_direction():
+    generator = np.random.default_rng(0)
+    direction = np.zeros(20)
+    direction[3] = 1.0
+    change = np.outer(generator.normal(0, 5, size=30), direction)
+    change += generator.normal(0, 0.1, size=change.shape)
+    basis, shares = response_directions(change)
+    assert basis[0] @ direction == pytest.approx(1.0, abs=1e-3)
+    assert shares[0] > 0.95
+    ax = response_map(change @ basis.T, change @ basis.T, colour="k", names=("a", "b"))
+    assert [len(c.get_offsets()) for c in ax.collections] == [30, 30]
+
+
 def test_embedding_shows_each_role_once(evaluation):
     ax = scale.plot.embedding(evaluation.cells, method="model", context="LINE-A")
     assert [len(c.get_offsets()) for c in ax.collections] == [60, 40, 40]
@@ -222,12 +237,16 @@ def test_equal_figures_are_equal_bytes(change):
 
 def test_pyplot_and_the_backend_are_left_alone():
     code = (
-        "import sys, matplotlib; before = dict(matplotlib.rcParams)\n"
+        "import sys, matplotlib\n"
+        # reading rcParams["backend"] would choose one
+        "rc = matplotlib.rcParams\n"
+        "settings = lambda: [rc[k] for k in rc if k != 'backend']\n"
+        "before = settings()\n"
         "import pandas as pd, scale.plot\n"
         "from scale.plot.canvas import png\n"
         "s = pd.Series([0., 1., -1.], index=list('ABC'))\n"
         "png(scale.plot.delta(s, s).figure)\n"
-        "assert dict(matplotlib.rcParams) == before\n"
+        "assert settings() == before\n"
         "print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,24 +14,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from scale.evaluate.baselines import BASELINES
 from scale.evaluate.verdict import Comparison, compare, headline_metrics
 from scale.plot.bars import CEILING, number
 
 if TYPE_CHECKING:
     from scale.evaluate.protocol import Evaluation
 
-BASELINE_NAMES = (
-    "control_copy",
-    "perturbation_mean",
-    "context_transfer",
-    "additive",
-    "context_mean",
-    "linear",
-    "nearest",
-    "other_perturbation",
-    "oracle_mean",
-)
-"""Names that no model may have, in the order of the tables."""
+FULL_DEPTH = "full depth"
+"""Form of the replicate that is carried from half of the cells to all of them."""
 
 Kind = Literal["model", "baseline", "ceiling"]
 
@@ -82,8 +73,8 @@ class Findings:
     def __post_init__(self) -> None:
         found = list(dict.fromkeys(self.evaluation.aggregate["method"].astype(str)))
         others = [m for m in found if m not in (CEILING, "observed")]
-        self.models = [m for m in others if m not in BASELINE_NAMES]
-        self.baselines = [m for m in BASELINE_NAMES if m in others]
+        self.models = [m for m in others if m not in BASELINES]
+        self.baselines = [m for m in BASELINES if m in others]
         if not self.models:
             raise ValueError(
                 f"the evaluation has no model, only {', '.join(found) or 'nothing'}; give "
@@ -127,20 +118,34 @@ class Findings:
         for kind, methods in kinds:
             for method in methods:
                 words = method if kind == "model" else method.replace("_", " ")
-                for form in forms[method]:
+                for form in sorted(forms[method]):  # cells before mean
                     name = f"{words} ({form})" if len(forms[method]) > 1 else words
                     lines.append(Line(method, form, kind, name))
+        if lines[-1].kind == "ceiling" and any(key[1] == FULL_DEPTH for key in self._scores):
+            lines[-1] = Line(CEILING, lines[-1].form, "ceiling", f"{CEILING}, half the cells")
+            lines.append(Line(CEILING, FULL_DEPTH, "ceiling", f"{CEILING}, all cells"))
         return lines
+
+    @cached_property
+    def short_lines(self) -> list[str]:
+        """Methods for tables without forms: models, baselines, the ceiling."""
+        return list(dict.fromkeys(line.method for line in self.lines))
 
     @cached_property
     def _scores(self) -> dict[tuple[str, str, str], Score]:
         table = self.evaluation.aggregate
         keys = zip(table["method"], table["form"], table["metric"], strict=True)
         numbers = table[["mean", "low", "high"]].to_numpy(np.float64)
-        return {
+        scores = {
             (str(a), str(b), str(c)): Score(*map(float, row))
             for (a, b, c), row in zip(keys, numbers, strict=True)
         }
+        if "mean_full_depth" in table:
+            ceiling = table[(table["method"] == CEILING) & table["mean_full_depth"].notna()]
+            nan = float("nan")
+            for metric, mean in zip(ceiling["metric"], ceiling["mean_full_depth"], strict=True):
+                scores[CEILING, FULL_DEPTH, str(metric)] = Score(float(mean), nan, nan)
+        return scores
 
     @cached_property
     def _better(self) -> dict[str, str]:
@@ -174,7 +179,8 @@ class Findings:
         """Method -> metric -> mean over contexts; the better form where a method has two."""
         means: dict[str, dict[str, float]] = {}
         for line in self.lines:
-            of_method = means.setdefault(line.method, {})
+            is_full = line.form == FULL_DEPTH
+            of_method = means.setdefault(f"{CEILING}_full_depth" if is_full else line.method, {})
             for metric in self.metrics:
                 value = self.score(line, metric).mean
                 known = of_method.get(metric, float("nan"))

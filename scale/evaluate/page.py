@@ -124,13 +124,14 @@ def _scores(findings: Findings) -> str:
         ]
         kind = f"{line.kind} first" if line.kind != previous else line.kind
         previous = line.kind
-        name = f"{line.name}, the ceiling" if line.kind == "ceiling" else line.name
-        rows.append(Row(name, cells, kind))
+        rows.append(Row(line.name, cells, kind))
     first = html.table(
         columns,
         rows,
         caption="Mean over contexts, with the t interval over independent units where there are "
-        "three or more. The best of models and baselines is marked. ↑ higher is better, ↓ lower.",
+        "three or more. The best of models and baselines is marked. The replicate, one "
+        "half of the observed cells as a prediction of the other half, is the ceiling; it is "
+        "carried to all cells where that is possible. ↑ higher is better, ↓ lower.",
     )
     return first + html.fold(f"All {len(findings.metrics)} metrics", _all_metrics(findings))
 

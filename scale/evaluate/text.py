@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from scale.evaluate.findings import Findings
 from scale.evaluate.verdict import banners, collapse_sentence, label_of, overall, sentence
 from scale.plot.bars import arrow, number
@@ -44,14 +42,12 @@ def main_table(findings: Findings) -> str:
 
 
 def full_table(findings: Findings) -> str:
-    """Return every metric of every method with its interval, one row each."""
-    rows = [["metric", "method", "mean", "interval"]]
+    """Return every metric of every method, a baseline in its better form."""
+    means = findings.summary()
+    rows = [["", *(name.replace("_", " ") for name in means)]]
     for metric in findings.metrics:
-        for line in findings.lines:
-            score = findings.score(line, metric)
-            if np.isfinite(score.mean):
-                name = f"{metric} {arrow(findings.better(metric))}"
-                rows.append([name, line.name, number(score.mean), score.interval])
+        name = f"{metric} {arrow(findings.better(metric))}".rstrip()
+        rows.append([name, *(number(each[metric]) for each in means.values())])
     return columns(rows)
 
 
@@ -101,6 +97,8 @@ def markdown(findings: Findings, *, title: str, subtitle: str, meta: Mapping[str
         "Means over contexts; `*` = best of models and baselines; the replicate is the ceiling.",
         "",
         "## All metrics",
+        "",
+        "A baseline in its better form; intervals stand in aggregate.csv.",
         "",
         full_table(findings),
         "",

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from scale.evaluate.statistics import MINIMUM_UNITS, t_interval
-from scale.plot.bars import CEILING, better_forms, number
+from scale.plot.bars import CEILING, better_forms, ceiling_of, number
 
 if TYPE_CHECKING:
     from scale.evaluate.protocol import Evaluation
@@ -29,7 +29,6 @@ _CLAIMS: tuple[tuple[str, ...], ...] = (
 _DESCRIPTIONS: tuple[tuple[str, ...], ...] = (
     ("pearson_delta",),
     ("precision_at_N",),
-    ("de_spearman_lfc_sig",),
     ("mse",),
 )
 
@@ -102,6 +101,7 @@ class Comparison:
     baseline_form: str
     baseline_value: float
     ceiling: float
+    full_ceiling: float
     gain: float
     low: float
     high: float
@@ -208,6 +208,7 @@ def compare(
         baseline_form="" if best is None else str(forms[best]),
         baseline_value=float("nan") if best is None else float(means[best]),
         ceiling=float(means.get(CEILING, float("nan"))),
+        full_ceiling=ceiling_of(rows),
         gain=interval.mean,
         low=interval.low,
         high=interval.high,
@@ -239,12 +240,20 @@ def sentence(comparison: Comparison) -> str:
         text = f"{number(c.value)}, {head}, paired gain {gain}{interval}."
         if c.num_units < MINIMUM_UNITS:
             text += f" {MINIMUM_UNITS} {c.unit_word} are needed for an interval."
-    if np.isfinite(c.ceiling):
-        text += f" A repeated experiment reaches {number(c.ceiling)}."
-        sign = 1.0 if c.better == "higher" else -1.0
-        if c.baseline is not None and sign * (c.ceiling - c.baseline_value) <= 0:
-            text += " The baseline is already there: this metric cannot rank models here."
-    return text
+    return f"{text} {_ceiling(c)}".rstrip()
+
+
+def _ceiling(c: Comparison) -> str:
+    """Return what a replicate reaches; a half-depth one is no bound for noise-free means."""
+    if not np.isfinite(c.ceiling):
+        return ""
+    text = f"A replicate of half the cells reaches {number(c.ceiling)}"
+    if number(c.full_ceiling) != number(c.ceiling):
+        text += f" ({number(c.full_ceiling)} carried to all cells)"
+    sign = 1.0 if c.better == "higher" else -1.0
+    if c.baseline is not None and sign * (c.full_ceiling - c.baseline_value) <= 0:
+        text += ", the best baseline is level with it"
+    return f"{text}."
 
 
 def _signed(value: float) -> str:

@@ -11,8 +11,9 @@ display and beside those of a notebook.
 """
 
 from scale.plot.bars import scores
-from scale.plot.cells import delta, distribution, effect, embedding, mean_delta
+from scale.plot.cells import delta, distribution, effect, mean_delta
 from scale.plot.curves import training
+from scale.plot.plane import embedding
 from scale.plot.summary import summary
 
 __all__ = [

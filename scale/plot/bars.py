@@ -48,6 +48,22 @@ def better_forms(aggregate: pd.DataFrame, metric: str) -> pd.DataFrame:
     return best.loc[[m for m in dict.fromkeys(rows["method"]) if m in best.index]]
 
 
+def ceiling_of(rows: pd.DataFrame) -> float:
+    """Return the replicate's mean, carried to full depth where that is possible; else NaN.
+
+    Parameters
+    ----------
+    rows
+        As of :func:`better_forms`; the column ``mean_full_depth`` may be absent.
+    """
+    if CEILING not in rows.index:
+        return float("nan")
+    full = (
+        float(rows["mean_full_depth"].to_dict()[CEILING]) if "mean_full_depth" in rows else np.nan
+    )
+    return full if np.isfinite(full) else float(rows["mean"].to_dict()[CEILING])
+
+
 def arrow(better: str) -> str:
     """Return the sign of the good direction, nothing where neither is good."""
     return {"higher": "↑", "lower": "↓"}.get(better, "")
@@ -112,9 +128,10 @@ def scores(
     for place, method in enumerate(reversed(order)):
         ends = [float(means[name][method]) for name in ("mean", "low", "high")]
         _bar(ax, place, method, ends, colours.get(method, QUIET))
-    _leave_room(ax, rows[["mean", "low", "high"]].to_numpy(np.float64))
-    if CEILING in rows.index:
-        top = float(means["mean"][CEILING])
+    drawn = rows[["mean", "low", "high"]].to_numpy(np.float64).ravel()
+    top = ceiling_of(rows)
+    _leave_room(ax, np.append(drawn, top))
+    if np.isfinite(top):
         ax.axvline(top, color=REPLICATE, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
     ax.axvline(0, color=QUIET, linewidth=0.8)
     words = [(labels or {}).get(m, m.replace("_", " ")) for m in reversed(order)]
@@ -269,7 +286,7 @@ def dumbbells(
     """
     first, *others = series
     ranked = series[first].dropna().sort_values(ascending=False)
-    ax = new_axes(ax, width=min(11.2, max(5.0, 1.5 + 0.2 * len(ranked))), height=3.4)
+    ax = new_axes(ax, width=min(11.2, max(5.0, 1.5 + 0.25 * len(ranked))), height=3.4)
     place = np.arange(len(ranked))
     if others:
         rival = series[others[0]].reindex(ranked.index).to_numpy(np.float64)

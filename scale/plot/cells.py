@@ -21,7 +21,6 @@ from scale.plot.canvas import (
     RULE,
     SMALL_POINTS,
     Axes,
-    Line2D,
     dot,
     few_ticks,
     key,
@@ -175,6 +174,8 @@ def _name_extremes(ax: Axes, points: pd.DataFrame, count: int, limit: float) -> 
     order = points["observed"].abs().sort_values(ascending=False).index
     for gene in order[: 4 * count]:
         x, y = observed[gene], predicted[gene]
+        if abs(x) < 0.3 * limit:  # the rest is in the cloud, where no name can be read
+            break
         crowded = any(
             abs(y - other_y) < 0.13 * limit and abs(x - other_x) < 0.7 * limit
             for other_x, other_y in placed
@@ -183,12 +184,13 @@ def _name_extremes(ax: Axes, points: pd.DataFrame, count: int, limit: float) -> 
         if crowded or in_the_corner or len(placed) == count:
             continue
         placed.append((x, y))
+        is_left = x > 0.55 * limit or -0.55 * limit < x < 0  # away from the cloud, inside the frame
         ax.annotate(
             str(gene),
             (x, y),
-            xytext=(-4 if x > 0 else 4, 4),
+            xytext=(-4 if is_left else 4, 3),
             textcoords="offset points",
-            ha="right" if x > 0 else "left",
+            ha="right" if is_left else "left",
             fontsize=6.5,
             color=QUIET,
         )
@@ -201,6 +203,7 @@ def effect(
     colours: Mapping[str, str] | None = None,
     title: str | None = None,
     unit: str = "mean change (log1p)",
+    with_key: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the genes that respond most: the observed change as bars, predictions as dots.
@@ -238,8 +241,8 @@ def effect(
     ax.set_xlabel(unit)
     few_ticks(ax, "x")
     tidy(ax, grid="x", title=title)
-    handles = [dot(bar, first), *(dot(colours[name], name) for name in others)]
-    key(ax, handles, loc="lower right")
+    if with_key:
+        key(ax, [dot(bar, first), *(dot(colours[n], n) for n in others)], loc="lower right")
     return ax
 
 
@@ -305,80 +308,3 @@ def _gene_values(source: AnnData | Floats, gene: str) -> Floats:
         raise ValueError(f"no gene {gene!r} among the {source.n_vars} of the data")
     column: Any = source.X[:, source.var_names.get_loc(gene)]
     return np.asarray(column.toarray() if sp.issparse(column) else column, np.float64).ravel()
-
-
-def principal_components(values: Any) -> tuple[Floats, Floats]:
-    """Return two coordinates per cell and the share of variance of each.
-
-    Signs are fixed (the largest loading is positive), so that equal data gives an equal picture.
-    """
-    dense = np.asarray(values.toarray() if sp.issparse(values) else values, dtype=np.float64)
-    centred = dense - dense.mean(axis=0)
-    left, size, right = np.linalg.svd(centred, full_matrices=False)
-    sign = np.sign(right[np.arange(2), np.abs(right[:2]).argmax(axis=1)])
-    share = size[:2] ** 2 / max(float((size**2).sum()), 1e-12)
-    return left[:, :2] * size[:2] * sign, share
-
-
-def embedding(
-    cells: AnnData,
-    *,
-    method: str | None = None,
-    context: str | None = None,
-    coordinates: Floats | None = None,
-    shares: Floats | None = None,
-    colours: Mapping[str, str] | None = None,
-    title: str | None = None,
-    with_key: bool = True,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw control, observed and predicted cells in the plane of their first two components.
-
-    Parameters
-    ----------
-    cells
-        obs holds ``role`` (control, observed, predicted), ``method`` and ``context``.
-    method
-        Whose predicted cells; None = all.
-    context
-        Only cells of one context; None = all.
-    coordinates, shares
-        Of every cell of ``cells``, to draw several views of one plane; None = computed here from
-        the cells shown.
-    with_key
-        Whether to draw a legend into the axes.
-    """
-    ax = new_axes(ax, width=3.8, height=3.6)
-    role = cells.obs["role"].astype(str).to_numpy()
-    shown = np.ones(len(role), dtype=bool)
-    if method is not None:
-        shown &= (role != "predicted") | (cells.obs["method"].astype(str) == method).to_numpy()
-    if context is not None:
-        shown &= (cells.obs["context"].astype(str) == context).to_numpy()
-    if coordinates is None:
-        coordinates = np.zeros((len(role), 2))
-        coordinates[shown], shares = principal_components(cells.X[np.flatnonzero(shown)])
-    colours = colours or method_colours([method or "predicted"])
-    paint = {
-        "control": (CONTROL, 0.55, 9.0),
-        "observed": (OBSERVED, 0.7, 12.0),
-        "predicted": (colours.get(method or "predicted", "#0072b2"), 0.7, 12.0),
-    }
-    handles: list[Line2D] = []
-    for name, (colour, alpha, size) in paint.items():
-        rows = shown & (role == name)
-        if not rows.any():
-            continue
-        x, y = coordinates[rows].T
-        ax.scatter(x, y, s=size, color=colour, alpha=alpha, linewidths=0, zorder=len(handles) + 1)
-        handles.append(dot(colour, name))
-    suffix = ["" if shares is None else f" ({shares[i]:.0%} of variance)" for i in range(2)]
-    ax.set_xlabel(f"PC 1{suffix[0]}")
-    ax.set_ylabel(f"PC 2{suffix[1]}")
-    tidy(ax, title=title)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.margins(0.06)
-    if with_key:
-        key(ax, handles, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
-    return ax

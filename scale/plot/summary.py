@@ -9,7 +9,8 @@ import pandas as pd
 
 from scale.plot.bars import scores
 from scale.plot.canvas import INK, Figure, new_figure
-from scale.plot.cells import delta, embedding
+from scale.plot.cells import delta
+from scale.plot.plane import embedding
 
 if TYPE_CHECKING:
     from anndata import AnnData

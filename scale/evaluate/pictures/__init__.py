@@ -8,12 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scale.evaluate.pictures.of_cells import (
-    draw_cells,
-    draw_deltas,
-    draw_effects,
-    draw_fold_changes,
-)
+from scale.evaluate.pictures.of_cells import draw_cells
+from scale.evaluate.pictures.of_genes import draw_deltas, draw_effects, draw_fold_changes
 from scale.evaluate.pictures.of_scores import (
     draw_contexts,
     draw_overlap,

@@ -1,182 +1,139 @@
-"""Figures of genes and cells, predicted beside observed."""
+"""Figures of cells and conditions in a plane, and of genes over cells."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from scale.evaluate.pictures.subject import (
-    Condition,
-    Picture,
-    Subject,
-    has_row,
-    picture_of,
-    row_of,
-)
-from scale.evaluate.verdict import label_of
-from scale.plot.bars import number
+from scale.evaluate.pictures.subject import Picture, Subject, picture_of
 from scale.plot.canvas import dot, figure_key, new_figure
-from scale.plot.cells import (
-    delta,
-    distribution,
-    effect,
+from scale.plot.cells import distribution
+from scale.plot.plane import (
     embedding,
-    pearson,
     principal_components,
+    response_directions,
+    response_map,
 )
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+Floats = npt.NDArray[np.float64]
 
-def draw_deltas(subject: Subject) -> list[Picture]:
-    """Predicted against observed change for the best, median and worst condition."""
-    return _three_scatters(
-        subject,
-        subject.evaluation.deltas,
-        name="deltas",
-        title="Predicted against observed change of expression",
-        caption="One point per gene; mean over cells minus mean over control cells. Dashed: a "
-        "perfect prediction.",
-        unit="mean change (log1p)",
-    )
-
-
-def draw_fold_changes(subject: Subject) -> list[Picture]:
-    """Predicted against observed log fold changes for the same conditions."""
-    return _three_scatters(
-        subject,
-        subject.evaluation.fold_changes,
-        name="fold-changes",
-        title="Predicted against observed log fold changes",
-        caption="One point per gene, as the gene test sees it. Genes without any expression on "
-        "one side have no finite fold change and are counted in the corner.",
-        unit="log2 fold change",
-    )
-
-
-def _three_scatters(
-    subject: Subject,
-    tables: dict[Condition, pd.DataFrame],
-    *,
-    name: str,
-    title: str,
-    caption: str,
-    unit: str,
-) -> list[Picture]:
-    model = subject.model
-    examples = {
-        rank: condition
-        for rank, condition in subject.examples().items()
-        if has_row(tables, "observed", condition) and has_row(tables, model, condition)
-    }
-    if not examples:
-        return []
-    figure = new_figure(3.73 * len(examples), 3.85)
-    axes = figure.subplots(1, len(examples), squeeze=False)[0]
-    told = []
-    for ax, (rank, condition) in zip(axes, examples.items(), strict=True):
-        observed = row_of(tables, "observed", condition)
-        predicted = row_of(tables, model, condition)
-        delta(
-            predicted,
-            observed,
-            colour=subject.colours[model],
-            title=f"{rank}: {subject.name(condition)}",
-            unit=unit,
-            ax=ax,
-        )
-        finite = np.isfinite(observed.to_numpy()) & np.isfinite(predicted.to_numpy())
-        r = pearson(observed.to_numpy()[finite], predicted.to_numpy()[finite])
-        told.append(f"{rank.lower()} {subject.name(condition, 80)} r = {number(r)}")
-    ranked = subject.ranking()
-    by = "" if ranked is None else f" Conditions are ranked by {label_of(ranked[0]).lower()}."
-    alt = f"{title} of {model}: {'; '.join(told)}."
-    return [picture_of(name, f"{title}: {model}", caption + by, alt, figure)]
-
-
-def draw_effects(subject: Subject) -> list[Picture]:
-    """Genes that respond most, for the same conditions, with every model and a baseline."""
-    examples = subject.examples()
-    if not examples:
-        return []
-    deltas = subject.evaluation.deltas
-    figure = new_figure(3.73 * len(examples), 4.1)
-    axes = figure.subplots(1, len(examples), squeeze=False)[0]
-    best = subject.best_baseline("pearson_delta")
-    methods = ["observed", *([best] if best else []), *reversed(subject.models[:3])]
-    for ax, (rank, condition) in zip(axes, examples.items(), strict=True):
-        effect(
-            {m: row_of(deltas, m, condition) for m in methods if has_row(deltas, m, condition)},
-            colours=subject.colours,
-            title=f"{rank}: {subject.name(condition)}",
-            ax=ax,
-        )
-    return [
-        picture_of(
-            "effects",
-            "The genes that respond most",
-            "Bars: observed change of the sixteen genes that respond most. Dots: what was "
-            "predicted for them.",
-            "Observed change of the most responsive genes beside the predictions of "
-            + ", ".join(m.replace("_", " ") for m in methods[1:])
-            + " for the best, the median and the worst condition.",
-            figure,
-        )
-    ]
+_FEWEST_CONTROLS = 5
 
 
 def draw_cells(subject: Subject) -> list[Picture]:
-    """Control, observed and predicted cells in one plane, and genes as distributions."""
+    """Cells in two planes, conditions in one, and genes as distributions."""
     cells = subject.evaluation.cells
     if cells is None or cells.n_obs < 3:
         return []
-    coordinates, shares = principal_components(cells.X)
     role = cells.obs["role"].astype(str)
-    shown = [
-        m for m in subject.models if ((role == "predicted") & (cells.obs["method"] == m)).any()
-    ]
-    views: list[tuple[str, str | None]] = [(m, None) for m in (shown or subject.models)[:3]]
-    present = set(cells.obs["context"].astype(str))
-    places = [c for c in subject.contexts if c in present]
-    if len(views) == 1 and len(places) > 1:
-        views += [(views[0][0], c) for c in places[:2]]
-    figure = new_figure(3.73 * len(views), 3.9)
-    axes = figure.subplots(1, len(views), squeeze=False)[0]
-    for ax, (method, context) in zip(axes, views, strict=True):
-        title = context or ("All contexts" if len(places) > 1 else places[0])
-        embedding(
-            cells,
-            method=method,
-            context=context,
-            coordinates=coordinates if context is None else None,
-            shares=shares if context is None else None,
-            colours=subject.colours,
-            title=title if len(subject.models) == 1 else f"{method}: {title}",
-            with_key=False,
-            ax=ax,
-        )
-    drawn = list(dict.fromkeys(method for method, _ in views))
-    handles = [dot(subject.colours[name], name, size=6.5) for name in ("control", "observed")]
-    handles += [
-        dot(subject.colours[m], "predicted" if len(drawn) == 1 else f"predicted by {m}", size=6.5)
-        for m in drawn
-    ]
-    figure_key(figure, handles)
+    models = [m for m in subject.models if _drawn(cells, m)][:3]
     return [
-        picture_of(
-            "cells",
-            "Cells in the plane of their first two principal components",
-            "A seeded sample of control, observed and predicted cells. Where the prediction is "
-            "good, its cells lie on observed ones and not on control cells; one that is a tight "
-            "dot has lost the variety of cells.",
-            f"Principal components of {cells.n_obs} sampled control, observed and predicted cells.",
-            figure,
-        ),
+        *(_draw_planes(subject, cells, model) for model in models),
         *_draw_distributions(subject, cells, role),
     ]
+
+
+def _drawn(cells: AnnData, model: str) -> bool:
+    predicted = cells.obs["role"].astype(str) == "predicted"
+    return bool((predicted & (cells.obs["method"].astype(str) == model)).any())
+
+
+def _draw_planes(subject: Subject, cells: AnnData, model: str) -> Picture:
+    """Cells by principal components, then cells and conditions by the responses."""
+    tables = _changes(subject, model)
+    num_panels = 3 if tables is not None else 1
+    figure = new_figure(3.73 * num_panels, 3.9)
+    axes = list(figure.subplots(1, num_panels, squeeze=False)[0])
+    coordinates, shares = principal_components(cells.X)
+    embedding(
+        cells,
+        method=model,
+        coordinates=coordinates,
+        shares=shares,
+        colours=subject.colours,
+        title="Cells: principal components",
+        with_key=False,
+        ax=axes[0],
+    )
+    caption = "A seeded sample of control, observed and predicted cells."
+    if tables is not None:
+        observed_PG, predicted_PG, genes = tables
+        basis_2G, shares_2 = response_directions(observed_PG)
+        first, second = (f"response {i + 1} ({shares_2[i]:.0%} of the change)" for i in range(2))
+        centred, known = _against_control(cells, genes)
+        embedding(
+            cells[known],
+            method=model,
+            coordinates=centred[known] @ basis_2G.T,
+            colours=subject.colours,
+            names=(first, second),
+            title="Cells: against their control",
+            with_key=False,
+            ax=axes[1],
+        )
+        response_map(
+            observed_PG @ basis_2G.T,
+            predicted_PG @ basis_2G.T,
+            colour=subject.colours[model],
+            names=(first, second),
+            title="Conditions: mean change",
+            ax=axes[2],
+        )
+        caption += (
+            " Middle and right: the two directions of gene expression in which the observed "
+            "responses are largest, control at the cross. Right: a line joins each condition as "
+            "predicted to the same as observed; a model with one response for all has all its "
+            "points on one spot."
+        )
+    handles = [dot(subject.colours[name], name, size=6.5) for name in ("control", "observed")]
+    figure_key(figure, [*handles, dot(subject.colours[model], "predicted", size=6.5)])
+    return picture_of(
+        f"cells-{subject.models.index(model)}",
+        f"Cells and conditions in a plane: {model}",
+        caption,
+        f"{cells.n_obs} sampled control, observed and predicted cells of {model} by their first "
+        "two principal components, and cells and conditions along the largest observed responses.",
+        figure,
+    )
+
+
+def _changes(subject: Subject, model: str) -> tuple[Floats, Floats, pd.Index] | None:
+    """Observed and predicted mean changes of all conditions, or None where there are too few."""
+    observed: list[Floats] = []
+    predicted: list[Floats] = []
+    genes: pd.Index = pd.Index([], dtype=object)
+    for context in subject.contexts:
+        tables = [subject.evaluation.deltas.get((m, context)) for m in ("observed", model)]
+        if tables[0] is None or tables[1] is None:
+            continue
+        labels = tables[0].index.intersection(tables[1].index)
+        observed.append(tables[0].loc[labels].to_numpy(np.float64))
+        predicted.append(tables[1].loc[labels].to_numpy(np.float64))
+        genes = tables[0].columns
+    if sum(len(block) for block in observed) < 3 or len(genes) < 3:
+        return None
+    return np.vstack(observed), np.vstack(predicted), genes
+
+
+def _against_control(cells: AnnData, genes: pd.Index) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Values less the mean of the sampled control cells of the context; where there are some."""
+    values = cells[:, genes].X
+    dense = np.asarray(values.toarray() if hasattr(values, "toarray") else values, np.float64)
+    context = cells.obs["context"].astype(str).to_numpy()
+    is_control = (cells.obs["role"].astype(str) == "control").to_numpy()
+    known = np.zeros(len(context), dtype=bool)
+    for name in set(context):
+        here = context == name
+        if int((here & is_control).sum()) >= _FEWEST_CONTROLS:
+            dense[here] -= dense[here & is_control].mean(axis=0)
+            known |= here
+    return dense, known
 
 
 def _draw_distributions(subject: Subject, cells: AnnData, role: pd.Series) -> list[Picture]:

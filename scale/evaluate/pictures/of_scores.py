@@ -72,9 +72,9 @@ def draw_scores(subject: Subject) -> list[Picture]:
             "scores",
             "Model, baselines and ceiling",
             "Mean over contexts; lines are intervals over independent units. A baseline is shown "
-            "in its better form. The hatched bar and the dashed line are the replicate: what one "
-            "half of the observed cells reaches as a prediction of the other half. The arrow says "
-            "which direction is good.",
+            "in its better form. The hatched bar is the replicate: what one half of the observed "
+            "cells reaches as a prediction of the other half; the dashed line is the same carried "
+            "to all cells, where that is possible. The arrow says which direction is good.",
             "Bars per metric. " + "; ".join(told) + ".",
             figure,
         )
@@ -96,7 +96,7 @@ def draw_overlap(subject: Subject) -> list[Picture]:
     axes = dumbbells(
         series,
         colours=subject.colours,
-        label="share of the observed significant genes",
+        label="share found again",
         names={c: subject.name(c, 28) for c in first.index},
     )
     mean = {m: number(float(values.mean())) for m, values in series.items()}
@@ -122,7 +122,7 @@ def _figure_of(axes: object) -> Figure:
 
 def draw_strips(subject: Subject) -> list[Picture]:
     """Every condition as a dot, per headline metric."""
-    metrics = subject.headline[:3]
+    metrics = [m for m in subject.headline if _varies(subject, m)][:3]
     if not metrics:
         return []
     figure = new_figure(3.73 * len(metrics), 3.5)
@@ -147,6 +147,12 @@ def draw_strips(subject: Subject) -> list[Picture]:
             figure,
         )
     ]
+
+
+def _varies(subject: Subject, metric: str) -> bool:
+    """Whether a metric has a number per condition, not one per context."""
+    values = subject.values(metric, subject.model)
+    return bool((values.groupby(level=0).nunique() > 1).any()) or len(values) < 3
 
 
 def draw_contexts(subject: Subject) -> list[Picture]:

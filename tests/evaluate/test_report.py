@@ -1,0 +1,392 @@
+"""Laws of the report: it says what the numbers say, in one file that needs nothing else."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from base64 import b64decode
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from example_evaluation import MODEL_QUALITY, example_evaluation
+
+from scale.evaluate.findings import Findings
+from scale.evaluate.report import FILES, Report
+from scale.evaluate.verdict import Comparison, compare, overall, sentence
+from scale.plot.bars import number
+
+BASELINES = ["control_copy", "perturbation_mean", "context_transfer", "additive"]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CLAIMS = ["residual_pearson", "retrieval_l2", "energy_ratio", "overlap_at_N"]
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    return example_evaluation()
+
+
+@pytest.fixture(scope="module")
+def report(evaluation):
+    step = np.arange(1, 301, 10)
+    curves = pd.DataFrame({"step": step, "train/loss": 2 * np.exp(-step / 100) + 0.5})
+    return Report(evaluation, title="Held-out <drugs> & lines", training_metrics=curves)
+
+
+@pytest.fixture(scope="module")
+def folder(report, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report")
+    assert report.save(path) == path / "report.html"
+    return path
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; complains about tags that are not closed."""
+
+    VOID = ("meta", "link", "img", "br", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.stack, self.words = [], [], []
+        self.feed(text)
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if self.stack[-1:] != ["style"]:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split()).replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page((folder / "report.html").read_text())
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_every_file_is_written_and_nothing_else(folder):
+    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+
+
+def test_tables_hold_the_scores(folder, evaluation):
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "scores.parquet"), evaluation.scores)
+    aggregate = pd.read_csv(folder / "aggregate.csv")
+    pd.testing.assert_frame_equal(aggregate, evaluation.aggregate)
+    assert len(pd.read_csv(folder / "scores.csv")) == len(evaluation.scores)
+    assert list(pd.read_csv(folder / "excluded.csv")["perturbation"]) == ["drug-99 <b>&"]
+
+
+def test_summary_is_the_mean_of_each_method(folder, evaluation):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == set(MODEL_QUALITY)
+    for row in evaluation.aggregate.itertuples():
+        assert summary[row.method][row.metric] == pytest.approx(row.mean)
+
+
+def test_summary_takes_the_better_form(evaluation):
+    other = evaluation.aggregate.query("method == 'additive'").assign(form="mean")
+    other["mean"] += 0.1
+    both = pd.concat([evaluation.aggregate, other])
+    findings = Findings(_with(evaluation, aggregate=both))
+    means = evaluation.aggregate.set_index(["method", "metric"])["mean"]
+    summary = findings.summary()["additive"]
+    assert summary["pearson_delta"] == pytest.approx(means["additive", "pearson_delta"] + 0.1)
+    assert summary["mse"] == pytest.approx(means["additive", "mse"])
+    assert [line.name for line in findings.lines if line.method == "additive"] == [
+        "additive (cells)",
+        "additive (mean)",
+    ]
+
+
+def _with(evaluation, **changes):
+    if dataclasses.is_dataclass(evaluation):
+        return dataclasses.replace(evaluation, **changes)
+    return type(evaluation)(**{**vars(evaluation), **changes})
+
+
+def test_undefined_numbers_are_null_in_json(evaluation, tmp_path):
+    broken = evaluation.aggregate.copy()
+    broken.loc[broken["metric"] == "mse", ["mean", "low", "high"]] = np.nan
+    meta = {"floor": np.float64("nan"), "count": np.int64(3), "array": np.arange(2)}
+    small = example_evaluation(num_contexts=1, num_perturbations=1, num_genes=60)
+    Report(_with(small, aggregate=broken, meta=meta)).save(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["model"]["mse"] is None
+    written = json.loads((tmp_path / "meta.json").read_text())
+    assert (written["floor"], written["count"], written["array"]) == (None, 3, [0, 1])
+
+
+def test_a_report_is_never_overwritten_unasked(report, folder):
+    before = (folder / "report.html").read_bytes()
+    with pytest.raises(FileExistsError, match=r"report\.html exists"):
+        report.save(folder)
+    assert (folder / "report.html").read_bytes() == before
+
+
+def test_equal_evaluations_make_equal_pages():
+    first, second = (
+        Report(example_evaluation(num_contexts=1, num_perturbations=1, num_genes=60)).html()
+        for _ in range(2)
+    )
+    assert first == second
+    Page(first)  # a single condition makes a page, too
+
+
+def test_every_number_of_the_text_stands_in_the_table(folder, evaluation):
+    part = (folder / "report.md").read_text().split("## All metrics")[1].split("## Left out")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    names, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    known = evaluation.aggregate.assign(method=evaluation.aggregate["method"].str.replace("_", " "))
+    means = known.set_index(["metric", "method"])["mean"]
+    assert len(rows) * len(names[1:]) == len(means)
+    for metric, *cells in rows:
+        for method, cell in zip(names[1:], cells, strict=True):
+            assert cell == number(means[metric.split()[0], method])
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def test_page_is_one_small_file_without_network_or_script(folder, page):
+    text = (folder / "report.html").read_text()
+    assert (folder / "report.html").stat().st_size < 3_000_000
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", text)
+    assert not {"script", "iframe", "object", "form"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name in ("src", "href"):
+            if name in attributes:
+                assert attributes[name].startswith(("data:", "#")), (tag, attributes[name][:80])
+        assert not any(name.startswith("on") for name in attributes)
+
+
+def test_links_inside_the_page_lead_somewhere(page):
+    names = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    links = {a["href"].removeprefix("#") for t, a in page.tags if t == "a"}
+    assert links
+    assert links <= names
+
+
+def test_pictures_are_whole_and_described(page):
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) >= 10
+    assert len({image["alt"] for image in images}) == len(images)
+    for image in images:
+        assert len(image["alt"]) > 40
+        data = b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
+        assert data.startswith(b"\x89PNG")
+        assert data.endswith(b"IEND\xaeB`\x82")
+
+
+def test_text_of_the_data_is_escaped(folder, page):
+    text = (folder / "report.html").read_text()
+    assert "drug-99 <b>&" in page.text
+    assert "drug-99 <b>" not in text
+    assert "Held-out <drugs> & lines" in page.text
+
+
+def test_order_of_the_page(page):
+    parts = ["Verdict", "Mean-collapse check", "Scores", "Figures", "Best and worst", "Left out"]
+    text = page.text.split("How it was made", 1)[1]  # after the table of contents
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    assert "How it was made" in text[places[-1] :]
+
+
+def test_the_ceiling_stands_last_and_is_never_the_best(report):
+    lines = report.findings.lines
+    assert [line.kind for line in lines] == ["model", *["baseline"] * 4, "ceiling"]
+    for metric in report.findings.headline:
+        best = [line.method for line in lines if report.findings.is_best(line, metric)]
+        assert best == ["model"]
+
+
+def test_table_lines_up_in_a_terminal(report):
+    table = report.table().splitlines()
+    assert len({len(line) for line in table}) == 1
+    assert table[2].startswith("| model")
+    assert "*" in table[2]
+    assert table[-1].startswith("| replicate")
+
+
+def test_chromium_shows_every_picture_without_complaint(folder, tmp_path):
+    binary = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if binary is None:
+        pytest.skip("no chromium binary on this machine")
+    # The copy asks the browser what it drew; the report itself holds no script.
+    probe = (
+        "<script>addEventListener('load',()=>{const bad=[...document.images]"
+        ".filter(i=>!i.complete||!i.naturalWidth).length;"
+        "const wide=document.documentElement.scrollWidth>innerWidth;"
+        "document.title=`images ${document.images.length} bad ${bad} wide ${wide}`})"
+        "</script></body>"
+    )
+    copy = tmp_path / "probe.html"
+    copy.write_text((folder / "report.html").read_text().replace("</body>", probe))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--virtual-time-budget=2000",
+        "--enable-logging=stderr",
+        "--window-size=1240,900",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    shot = subprocess.run(
+        [binary, *flags, f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", copy.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    count = (folder / "report.html").read_text().count("<img ")
+    assert f"<title>images {count} bad 0 wide false</title>" in shot.stdout
+    assert "CONSOLE" not in shot.stderr
+
+
+# --- what it says -------------------------------------------------------------------------------
+
+
+def test_gain_is_the_paired_difference_over_units(evaluation):
+    found = compare(evaluation, "model", "pearson_delta", BASELINES)
+    values = evaluation.scores.query("metric == 'pearson_delta'").pivot_table(
+        index=["unit", "perturbation"], columns="method", values="value"
+    )
+    units = (values["model"] - values["additive"]).groupby("unit").mean()
+    assert found.baseline == "additive"
+    assert found.gain == pytest.approx(units.mean())
+    half = 2.7764451051977987 * units.std(ddof=1) / np.sqrt(5)  # t of 4 degrees, 97.5 %
+    assert found.low == pytest.approx(units.mean() - half)
+    assert found.num_units == 5
+    assert found.outcome == "better"
+
+
+def test_gain_has_the_same_sign_where_lower_is_better(evaluation):
+    found = compare(evaluation, "model", "mse", BASELINES)
+    assert found.value < found.baseline_value
+    assert found.gain > 0
+
+
+def test_the_best_baseline_is_taken_in_its_better_form(evaluation):
+    extra = evaluation.scores.query("method == 'control_copy'").assign(form="mean", value=0.9)
+    row = evaluation.aggregate.query("method == 'control_copy'").assign(form="mean", mean=0.9)
+    changed = _with(
+        evaluation,
+        scores=pd.concat([evaluation.scores, extra]),
+        aggregate=pd.concat([evaluation.aggregate, row]),
+    )
+    found = compare(changed, "model", "pearson_delta", BASELINES)
+    assert (found.baseline, found.baseline_form, found.outcome) == ("control_copy", "mean", "worse")
+
+
+def test_an_equal_model_is_not_told_apart():
+    equal = example_evaluation(quality={**MODEL_QUALITY, "model": 0.6}, seed=3)
+    outcomes = [compare(equal, "model", m, BASELINES).outcome for m in ("pearson_delta", "mse")]
+    assert "better" not in outcomes
+
+
+@pytest.mark.parametrize(("num_contexts", "words"), [(1, "One independent"), (2, "2 independent")])
+def test_few_units_give_no_interval_and_no_claim(num_contexts, words):
+    few = example_evaluation(num_contexts=num_contexts, num_perturbations=6, num_genes=60)
+    made = Report(few)
+    text = made.markdown()
+    assert words in text
+    assert "none of this is established" in text
+    assert f"{num_contexts} of {num_contexts} contexts" in text
+    assert all(c.outcome == "open" for c in made.findings.comparisons["model"])
+
+
+def test_without_baselines_nothing_is_claimed():
+    alone = example_evaluation(quality={"model": 0.7}, num_perturbations=6, num_genes=60)
+    text = Report(alone).markdown()
+    assert "so nothing can be claimed" in text
+    assert "no claim is possible" in text
+    assert "No ceiling was computed" in text
+
+
+def test_two_models_each_have_a_verdict_and_a_colour():
+    both = example_evaluation(
+        quality={"first": 0.8, **MODEL_QUALITY, "model": 0.2}, num_perturbations=6, num_genes=60
+    )
+    made = Report(both)
+    assert made.findings.models == ["first", "model"]
+    text = made.markdown()
+    assert "first beats the best baseline on 4 of 4 claim metrics." in text
+    assert "model beats the best baseline on 0 of 4 claim metrics and is beaten on 4." in text
+    assert made.subject.colours["first"] != made.subject.colours["model"]
+
+
+def test_an_evaluation_without_a_model_is_refused():
+    none = example_evaluation(quality={"additive": 0.5}, num_perturbations=3, num_genes=60)
+    with pytest.raises(ValueError, match="no model, only additive"):
+        Report(none)
+
+
+def test_many_long_labels_stay_small(tmp_path):
+    many = example_evaluation(num_contexts=6, num_perturbations=40, num_genes=60)
+    rename = {f"drug-{i:02d}": f"[('A rather long drug name {i}', 0.5, 'uM')]" for i in range(40)}
+    many.scores["perturbation"] = many.scores["perturbation"].map(rename)
+    for tables in (many.deltas, many.fold_changes):
+        for table in tables.values():
+            table.index = table.index.map(rename)
+    path = Report(many).save(tmp_path)
+    assert path.stat().st_size < 3_000_000
+    assert "A rather long drug name 1" in Page(path.read_text()).text
+
+
+def _comparison(**changes):
+    facts = {
+        "model": "model",
+        "metric": "pearson_delta",
+        "is_claim": True,
+        "value": 0.5,
+        "better": "higher",
+        "baseline": "additive",
+        "baseline_form": "mean",
+        "baseline_value": 0.4,
+        "ceiling": 0.6,
+        "full_ceiling": 0.7,
+        "gain": 0.1,
+        "low": 0.05,
+        "high": 0.15,
+        "num_units": 5,
+        "num_units_better": 5,
+        "num_conditions": 50,
+    }
+    return Comparison(**{**facts, **changes})
+
+
+def test_sentences_say_what_the_interval_allows():
+    assert sentence(_comparison()) == (
+        "0.500, better than the best baseline (additive, 0.400) in 5 of 5 contexts, paired gain "
+        "+0.100 [+0.050, +0.150]. A replicate of half the cells reaches 0.600 (0.700 carried to "
+        "all cells)."
+    )
+    assert "not told apart" in sentence(_comparison(low=-0.01, num_units_better=3))
+    assert "worse than" in sentence(_comparison(gain=-0.1, low=-0.2, high=-0.05))
+    assert "the best baseline is level with it" in sentence(_comparison(full_ceiling=0.39))
+    assert "level with it" not in sentence(_comparison(ceiling=0.39))
+    assert "1 of 2 claim metrics and is beaten on 1" in overall(
+        "model", [_comparison(), _comparison(gain=-0.1, low=-0.2, high=-0.05)]
+    )
+
+
+def test_claim_metrics_are_fixed_beforehand(report):
+    claims = [c.metric for c in report.findings.comparisons["model"] if c.is_claim]
+    assert claims == CLAIMS
