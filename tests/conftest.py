@@ -16,6 +16,14 @@ from scale.types import Condition, Perturbation
 
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 TOY_CELL_TYPES = ("A549", "HepG2", "K562")
 TOY_BATCHES = ("plate1", "plate2")
 TOY_CONTROL = "DMSO"

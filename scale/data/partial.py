@@ -7,12 +7,15 @@ which the next writer of that name clears; a lock tells it from one that is stil
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from pathlib import Path
 
 from scale.runtime import sync_directory
 from scale.types import StoreError
+
+logger = logging.getLogger(__name__)
 
 
 class PartialDirectory:
@@ -56,12 +59,13 @@ class PartialDirectory:
         lock = os.open(self.partial, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(lock)
             raise StoreError(
-                f"{self.partial} cannot be claimed ({error.strerror}): another process is writing "
-                "it; wait for it, or choose another name"
+                f"another process is writing {self.partial}; wait for it, or choose another name"
             ) from error
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s is not locked: %s", self.partial, error.strerror)
         self._lock = lock
         for left in self.partial.iterdir():
             if left.is_dir():

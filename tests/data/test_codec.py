@@ -189,6 +189,29 @@ def test_torch_and_numba_give_the_values_of_scipy(num_genes, with_edges, value_s
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-7, atol=TOLERANCE)
 
 
+@pytest.mark.gpu
+def test_values_on_a_device_are_those_on_the_host():
+    device = torch.device("cuda")
+    for num_genes, with_edges in ((700, False), (30_000, True)):
+        compact, _, _ = make_batch(num_genes, num_genes, with_edges=with_edges)
+        column = torch.arange(num_genes).flip(0)
+        projection = Projection(column.clamp(max=500), 500)
+        arguments = {"num_rows": 100, "num_genes": num_genes, "target_sum": 1e4}
+        there = compact.to(device)
+        torch.testing.assert_close(
+            decode(there, **arguments).cpu(),
+            decode(compact, **arguments),
+            rtol=1e-6,
+            atol=TOLERANCE,
+        )
+        torch.testing.assert_close(
+            decode(there, **arguments, projection=projection.to(device)).cpu(),
+            decode(compact, **arguments, projection=projection),
+            rtol=1e-6,
+            atol=TOLERANCE,
+        )
+
+
 def test_projection_reorders_drops_and_leaves_missing_genes_empty():
     compact, cells, slot_N = make_batch(5, 700, with_edges=True)
     rng = np.random.default_rng(1)
