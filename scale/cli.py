@@ -132,9 +132,28 @@ def _run_task(task: str, config: DictConfig, stop: StopSignal) -> int:
         return _fail(f"scale {task}", explain(error))
     run_dir = _relative(run_dir)
     settings.run_dir = str(run_dir)
-    try:
+
+    def call() -> int:
         run: Callable[..., int] = importlib.import_module(f"scale.tasks.{task}").run
-        status = run(settings, stop) if task in _STOPPABLE else run(settings)
+        return run(settings, stop) if task in _STOPPABLE else run(settings)
+
+    return guard(call, task, None if task == "info" else run_dir)
+
+
+def guard(call: Callable[[], int], task: str, run_dir: Path | None) -> int:
+    """Call a task; turn an error into one line and a status.
+
+    Parameters
+    ----------
+    call
+        The task with its settings.
+    task
+        Its name, for the message.
+    run_dir
+        Where the traceback of an unexpected error is kept; None = nowhere.
+    """
+    try:
+        status = call()
     except BrokenPipeError:  # the reader of our output has gone, as in `scale info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
@@ -142,9 +161,11 @@ def _run_task(task: str, config: DictConfig, stop: StopSignal) -> int:
         if os.environ.get("SCALE_DEBUG") == "1":
             traceback.print_exc()
         text = _describe(error)
-        log = None if task == "info" else _write_traceback(task, run_dir, error)
-        _remove_if_empty(run_dir)
-        return _fail(f"scale {task}", text if log is None else f"{text} (traceback in {log})")
+        if run_dir is not None:
+            log = _write_traceback(task, run_dir, error)
+            text += "" if log is None else f" (traceback in {log})"
+            _remove_if_empty(run_dir)
+        return _fail(f"scale {task}", text)
     if status == EXIT_AGAIN:
         print(f"scale {task}: stopped with a checkpoint; the same command goes on", file=sys.stderr)
     return status

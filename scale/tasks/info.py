@@ -22,17 +22,17 @@ _WIDTH = 22
 
 def run(config: InfoConfig) -> int:
     """Print what was asked for and return the exit status."""
-    vocabulary = None
-    sections: list[tuple[str, Iterator[tuple[str, str]]]] = [("environment", _environment())]
+    vocabulary = _empty_vocabulary(config.num_genes)
+    sections: dict[str, list[tuple[str, str]]] = {}
+    if config.run is not None:
+        sections[f"run {config.run}"] = list(_run(Path(config.run)))
     if config.store is not None:
         vocabulary = _store_vocabulary(Path(config.store))
-        sections.append((f"store {config.store}", _store(Path(config.store))))
+        sections[f"store {config.store}"] = list(_store(Path(config.store)))
     if config.model is not None:
-        names = vocabulary or _empty_vocabulary(config.num_genes)
-        sections.append(("model", _model(config.model, names)))
-    if config.run is not None:
-        sections.append((f"run {config.run}", _run(Path(config.run))))
-    for number, (title, lines) in enumerate(sections):
+        sections["model"] = list(_model(config.model, vocabulary))
+    sections = {"environment": list(_environment()), **sections}
+    for number, (title, lines) in enumerate(sections.items()):
         print(f"{'' if number == 0 else chr(10)}{title}")
         for name, text in lines:
             print(f"  {name:<{_WIDTH}}{text}")
