@@ -168,7 +168,7 @@ class SetPlan:
         pool_of_entry, self.pools = assign_pools(conditions, entry, len(target), control, config)
         cells = num_cells[entry]
         if shuffle:
-            passes = np.maximum(1, np.floor(cells / set_size + 0.5).astype(np.int64))
+            passes = np.maximum(1, np.rint(cells / set_size).astype(np.int64))
             slots = _slots(passes, cells, len(target), config)
         else:
             passes = -(-cells // set_size)

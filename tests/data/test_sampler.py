@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -184,7 +185,7 @@ def test_cells_on_the_circle_equal_their_reference():
     generator = np.random.default_rng(0)
     for _ in range(150):
         n, size = int(generator.integers(1, 700)), int(generator.integers(2, 300))
-        passes = max(1, int(n / size + 0.5))
+        passes = max(1, round(n / size))
         q, key = int(generator.integers(passes)), int(generator.integers(2**62))
         wanted = min(size, n)
         expected = reference_circle(n, q * size, key, wanted)
@@ -196,7 +197,7 @@ def test_no_cell_twice_in_a_set_and_seldom_in_a_pass():
     most = {16: 5, 32: 3, 64: 2, 128: 2, 256: 2, 300: 2}
     for size, bound in most.items():
         for n in generator.integers(1, 2000, 60).tolist():
-            passes = max(1, int(n / size + 0.5))
+            passes = max(1, round(n / size))
             uses = np.zeros(n, np.int64)
             for q in range(passes):
                 rows = circle(n, q * size, 5 * n, min(size, n))
@@ -212,7 +213,7 @@ def test_no_cell_twice_in_a_set_and_seldom_in_a_pass():
 )
 def test_cells_are_used_evenly_over_passes(n, size, bound):
     uses = np.zeros(n, np.int64)
-    passes = max(1, int(n / size + 0.5))
+    passes = max(1, round(n / size))
     for number in range(400):
         for q in range(passes):
             uses[circle(n, q * size, mix64(number), min(size, n))] += 1
@@ -226,7 +227,7 @@ def test_every_slot_once_per_epoch_and_length_from_the_cells():
     conditions = grid()
     plan = make_plan(conditions)
     treated = conditions[~conditions["is_control"]]["num_cells"]
-    wanted = {c: max(1, int(n / 64 + 0.5)) for c, n in treated.items()}
+    wanted = {c: max(1, round(n / 64)) for c, n in treated.items()}
     for epoch in (0, 3):
         found = Counter(spec.condition for spec in epoch_of(plan, epoch))
         assert found == wanted
@@ -241,7 +242,7 @@ def test_sets_are_those_of_the_design():
     slots = [
         (c, r)
         for c in targets.tolist()
-        for r in range(max(1, int(conditions["num_cells"][c] / 64 + 0.5)))
+        for r in range(max(1, round(conditions["num_cells"][c] / 64)))
     ]
     for epoch in (0, 2):
         order = reference_order(length, derive(seed, 1, epoch))
@@ -249,7 +250,7 @@ def test_sets_are_those_of_the_design():
             spec = plan.plan(epoch, index)
             c, r = slots[order[index]]
             n = int(conditions["num_cells"][c])
-            passes = max(1, int(n / 64 + 0.5))
+            passes = max(1, round(n / 64))
             key = derive(seed, 2, epoch, c, r // passes)
             assert spec.condition == c
             assert spec.treated_row.tolist() == reference_circle(
@@ -284,7 +285,7 @@ def test_long_epochs_are_permuted_too():
 def test_weighting():
     conditions = grid()
     cells = conditions["num_cells"][~conditions["is_control"]].to_numpy()
-    total = np.maximum(1, np.floor(cells / 64 + 0.5)).sum()
+    total = np.maximum(1, np.rint(cells / 64)).sum()
     for weighting, exponent in ((Weighting.sqrt, 0.5), (Weighting.conditions, 0.0)):
         plan = make_plan(conditions, replace(CONFIG, weighting=weighting))
         found = Counter(spec.condition for spec in epoch_of(plan))
@@ -493,3 +494,21 @@ def test_memory_grows_with_conditions_not_with_cells():
     assert plan.num_sets_per_epoch > 90_000
     assert held < 3e6
     assert peak < 20e6
+
+
+def test_sets_per_epoch_of_the_tahoe_grid():
+    grid_file = Path(__file__).parents[3] / "shared/data/tahoe100m_metadata/obs_cell_grid.parquet"
+    if not grid_file.exists():
+        pytest.skip(f"{grid_file} is not here")
+    cells = pd.read_parquet(grid_file)
+    conditions = pd.DataFrame(
+        {
+            "cell_type": cells["cell_name"],
+            "batch": cells["plate"],
+            "is_control": cells["drug"] == "DMSO_TF",
+            "num_cells": cells["n_cells"],
+        }
+    )
+    for set_size, sets in ((32, 3_073_486), (256, 388_929), (512, 198_899)):
+        plan = make_plan(conditions, set_size=set_size, num_summary_cells=set_size)
+        assert plan.num_sets_per_epoch == sets
