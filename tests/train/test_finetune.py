@@ -1,0 +1,109 @@
+"""Finetuning: names are appended, what was learned stays, settings that contradict are refused."""
+
+import numpy as np
+import pytest
+import torch
+from training_runs import SETTINGS, pretrain, read_metrics
+
+from scale.config import compose
+from scale.runtime import EXIT_AGAIN, StopSignal
+from scale.train.export import read_average, read_record
+from scale.train.manifest import newest_checkpoint
+
+FIRST = '[datasets]\ntoy = "."\n[training]\ntoy = "train"\n[zeroshot]\n"toy.K562" = "test"\n'
+SECOND = """[datasets]
+toy = "."
+[training]
+toy = "train"
+[fewshot."toy.K562"]
+test = ["[('drugC', 0.5, 'uM')]"]
+"""
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, toy_store_path):
+    """A run that has not seen K562."""
+    folder = tmp_path_factory.mktemp("finetune")
+    (folder / "first.toml").write_text(FIRST)
+    (folder / "second.toml").write_text(SECOND)
+    # no control cells as targets: those of K562 would make it known
+    changes = (
+        f"data.split={folder / 'first.toml'}",
+        "trainer.max_steps=3",
+        "data.control_fraction=0",
+    )
+    assert pretrain(folder / "first", toy_store_path, *changes) == 0
+    return folder / "first"
+
+
+def finetune(run_dir, pretrained, store, *changes, stop=None):
+    from scale.tasks import finetune as task
+
+    settings = [s for s in SETTINGS if not s.startswith("model")]
+    settings += [f"start_from={pretrained}", f"data.store={store}", "trainer.max_steps=2"]
+    settings.append(f"data.split={pretrained.parent / 'second.toml'}")
+    return task.run(
+        compose("finetune", [*settings, *changes], run_dir=run_dir), stop or StopSignal()
+    )
+
+
+def test_new_names_get_rows_and_old_ones_keep_theirs(pretrained, toy_store_path, tmp_path):
+    run_dir = tmp_path / "second"
+    # A rate of nothing: what comes out is what training began with.
+    assert finetune(run_dir, pretrained, toy_store_path, "optimizer.lr=1e-30") == 0
+    before, after = read_average(pretrained / "export"), read_average(run_dir / "export")
+    old, new = read_record(pretrained / "export")[1], read_record(run_dir / "export")[1]
+    assert new.cell_types == (*old.cell_types, "K562")
+    assert new.components[: len(old.components)] == old.components
+    assert new.genes == old.genes
+    table = "condition.cell_type_table"
+    torch.testing.assert_close(after[table][:-1], before[table])
+    torch.testing.assert_close(after[table][-1], before[table][1:].mean(0))
+    for name in before.keys() - {table}:
+        if before[name].shape == after[name].shape:
+            torch.testing.assert_close(after[name], before[name], msg=name)
+    rate = read_record(run_dir / "export")[0]
+    assert rate.model == read_record(pretrained / "export")[0].model
+
+
+def test_rate_is_a_third_and_frozen_encoder_stays(pretrained, toy_store_path, tmp_path):
+    run_dir = tmp_path / "frozen"
+    changes = ("freeze_encoder=true", "optimizer.warmup_steps=1")
+    stop = StopSignal()
+    stop.received = "SIGTERM"
+    assert finetune(run_dir, pretrained, toy_store_path, *changes, stop=stop) == EXIT_AGAIN
+    assert finetune(run_dir, pretrained, toy_store_path, *changes) == 0
+    assert read_metrics(run_dir)[0]["train/lr"] == pytest.approx(1.5e-3 / 3)
+    before, after = read_average(pretrained / "export"), read_average(run_dir / "export")
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert not any(n.startswith("encoder.") for n in changed)
+    assert any(n.startswith("readout.") for n in changed)
+
+
+def test_replaced_genes_are_those_of_the_store(pretrained, tmp_path):
+    from conftest import write_toy_store
+
+    from scale.data.genes import GeneVocabulary
+
+    names = [f"gene{g:02d}" for g in range(60)]
+    names[7] = "fresh"
+    store = write_toy_store(tmp_path / "store", genes=GeneVocabulary(tuple(names)))
+    run_dir = tmp_path / "genes"
+    assert finetune(run_dir, pretrained, store, "replace_genes=true", "optimizer.lr=1e-30") == 0
+    assert read_record(run_dir / "export")[1].genes == tuple(names)
+    before, after = read_average(pretrained / "export"), read_average(run_dir / "export")
+    kept = np.arange(60) != 7
+    name = "encoder.genes.weight"
+    torch.testing.assert_close(after[name][:, kept], before[name][:, kept])
+    assert not torch.equal(after[name][:, 7], before[name][:, 7])
+
+
+def test_contradictions_are_refused(pretrained, toy_store_path, tmp_path):
+    with pytest.raises(ValueError, match=r"objective.head is direct, .* set objective.head=resid"):
+        finetune(tmp_path / "head", pretrained, toy_store_path, "objective.head=direct")
+    with pytest.raises(FileNotFoundError, match="start_from: no run, checkpoint or export at"):
+        finetune(tmp_path / "none", pretrained / "nowhere", toy_store_path, "data.split=null")
+    with pytest.raises(ValueError, match=r"data.target_sum is 5000, the model was trained with 1"):
+        finetune(tmp_path / "sum", pretrained, toy_store_path, "data.target_sum=5000")
+    assert not torch.distributed.is_initialized()
+    assert newest_checkpoint(tmp_path / "sum") is None
