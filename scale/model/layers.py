@@ -158,6 +158,10 @@ def own_cells(x_BS: Tensor) -> Tensor:
     size = tensor_parallel_size()
     if size == 1:
         return x_BS
+    if x_BS.shape[1] % size:
+        raise ValueError(
+            f"a set of {x_BS.shape[1]} cells cannot be shared by {size} ranks; fill it up with padding"
+        )
     share = x_BS.shape[1] // size
     return x_BS.narrow(1, tensor_parallel_rank() * share, share)
 
