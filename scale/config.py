@@ -17,6 +17,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -794,9 +795,13 @@ def compose(task: str, overrides: Sequence[str] = (), *, run_dir: Path | str) ->
     register()
     given = [*overrides, f"run_dir={run_dir}", f"name={Path(run_dir).name}"]
     given = check_keys(SCHEMAS[task], given)
+    # A task that composes others (the demo) runs inside a Hydra job already: step out and back.
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
         with initialize_config_dir(str(config_dir()), version_base=None):
             config = hydra_compose(task, overrides=given)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
     return to_dataclass(config)

@@ -9,9 +9,12 @@ scale demo
 
 import json
 import logging
-import time
+from collections.abc import Callable
 from pathlib import Path
+from time import time
 from typing import Any
+
+import psutil
 
 from scale.config import DemoConfig, compose, to_yaml
 from scale.data.simulate import CONTROL, SimulationConfig, simulate
@@ -24,7 +27,11 @@ from scale.runtime import (
     start_logging,
     write_json,
 )
-from scale.tasks import evaluate, finetune, predict, prepare, pretrain
+from scale.tasks.evaluate import run as run_evaluate
+from scale.tasks.finetune import run as run_finetune
+from scale.tasks.predict import run as run_predict
+from scale.tasks.prepare import run as run_prepare
+from scale.tasks.pretrain import run as run_pretrain
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +55,6 @@ _HELD_OUT_LINES = 2
 
 def run(config: DemoConfig, stop: StopSignal) -> int:
     """Make the report and ``summary.json``; return the exit status."""
-    started = time.monotonic()
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     start_logging(run_dir / "demo.log", World(0, 1, 0))
@@ -58,18 +64,19 @@ def run(config: DemoConfig, stop: StopSignal) -> int:
     _heading("1/6  simulate a drug screen")
     source = _simulate(run_dir, config)
     store = run_dir / "store"
-    for title, step in (
+    steps: list[tuple[str, Callable[[], int]]] = [
         ("2/6  prepare a store", lambda: _prepare(run_dir, source, store)),
         ("3/6  pretrain on four cell lines", lambda: _pretrain(run_dir, store, config, stop)),
         ("4/6  finetune to two new lines", lambda: _finetune(run_dir, store, config, stop)),
         ("5/6  predict the held-out conditions", lambda: _predict(run_dir, store, config)),
         ("6/6  evaluate", lambda: _evaluate(run_dir, store, config)),
-    ):
+    ]
+    for title, step in steps:
         _heading(title)
         if (status := step()) != 0:
             record.close(f"stopped in {title}")
             return status
-    summary = _summary(run_dir, time.monotonic() - started)
+    summary = _summary(run_dir, time() - psutil.Process().create_time())
     write_json(run_dir / "summary.json", summary)
     record.close("done")
     print(f"\nsummary: {run_dir / 'summary.json'}")
@@ -115,7 +122,7 @@ def _prepare(run_dir: Path, source: Path, store: Path) -> int:
         f"control={CONTROL}",
         "genes=all",
     ]
-    return prepare.run(compose("prepare", settings, run_dir=run_dir / "prepare"))
+    return run_prepare(compose("prepare", settings, run_dir=run_dir / "prepare"))
 
 
 def _training_settings(store: Path, split: Path, steps: int, seed: int) -> list[str]:
@@ -133,7 +140,7 @@ def _training_settings(store: Path, split: Path, steps: int, seed: int) -> list[
 
 def _pretrain(run_dir: Path, store: Path, config: DemoConfig, stop: StopSignal) -> int:
     settings = _training_settings(store, run_dir / "zeroshot.toml", config.steps, config.seed)
-    return pretrain.run(compose("pretrain", settings, run_dir=run_dir / "pretrain"), stop)
+    return run_pretrain(compose("pretrain", settings, run_dir=run_dir / "pretrain"), stop)
 
 
 def _finetune(run_dir: Path, store: Path, config: DemoConfig, stop: StopSignal) -> int:
@@ -143,7 +150,7 @@ def _finetune(run_dir: Path, store: Path, config: DemoConfig, stop: StopSignal) 
             store, run_dir / "fewshot.toml", config.finetune_steps, config.seed + 1
         ),
     ]
-    return finetune.run(compose("finetune", settings, run_dir=run_dir / "finetune"), stop)
+    return run_finetune(compose("finetune", settings, run_dir=run_dir / "finetune"), stop)
 
 
 def _predict(run_dir: Path, store: Path, config: DemoConfig) -> int:
@@ -153,7 +160,7 @@ def _predict(run_dir: Path, store: Path, config: DemoConfig) -> int:
         f"seed={config.seed}",
         "overwrite=true",
     ]
-    return predict.run(compose("predict", settings, run_dir=run_dir / "predict"))
+    return run_predict(compose("predict", settings, run_dir=run_dir / "predict"))
 
 
 def _evaluate(run_dir: Path, store: Path, config: DemoConfig) -> int:
@@ -165,7 +172,7 @@ def _evaluate(run_dir: Path, store: Path, config: DemoConfig) -> int:
         f"seed={config.seed}",
         "overwrite=true",
     ]
-    return evaluate.run(compose("evaluate", settings, run_dir=run_dir / "report"))
+    return run_evaluate(compose("evaluate", settings, run_dir=run_dir / "report"))
 
 
 def _summary(run_dir: Path, seconds: float) -> dict[str, Any]:

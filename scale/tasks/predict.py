@@ -34,8 +34,9 @@ def run(config: PredictConfig) -> int:
     record = RunRecord(run_dir, World(0, 1, 0), {"checkpoint": config.checkpoint})
     predictor = load(config.checkpoint, device=config.device.value)
     logger.info("%r", predictor)
+    requests: list[Request] | None
     if config.store is not None:
-        adata, requests = _held_out(config, predictor)
+        adata, requests = _held_out(config)
     else:
         adata = ad.read_h5ad(str(config.input), backed="r")
         requests = _listed(config, predictor)
@@ -65,7 +66,7 @@ def run(config: PredictConfig) -> int:
     return 0
 
 
-def _held_out(config: PredictConfig, predictor: Predictor) -> tuple[ad.AnnData, list[Request]]:
+def _held_out(config: PredictConfig) -> tuple[ad.AnnData, list[Request]]:
     """Controls of a store, and one request per condition of the split's part."""
     store = CellSetStore.open(str(config.store))
     split = Split.read(_split_file(config))
