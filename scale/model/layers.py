@@ -160,7 +160,7 @@ def own_cells(x_BS: Tensor) -> Tensor:
         return x_BS
     if x_BS.shape[1] % size:
         raise ValueError(
-            f"a set of {x_BS.shape[1]} cells cannot be shared by {size} ranks; fill it up with padding"
+            f"a set of {x_BS.shape[1]} cells cannot be shared by {size} ranks; add padding"
         )
     share = x_BS.shape[1] // size
     return x_BS.narrow(1, tensor_parallel_rank() * share, share)
