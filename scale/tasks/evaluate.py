@@ -152,6 +152,7 @@ def _inputs(config: EvaluateConfig, predicted: dict[str, AnnData], target_sum: f
         keys["perturbation_key"] = _with_doses(told_apart, keys, dose)
     if observed_store is not None:
         observed, train = _same_genes(predicted, observed, train)
+        facts["num_predicted_not_scored"] = _only_held_out(predicted, observed, keys)
     return Inputs(observed, train, **keys, facts=facts)
 
 
@@ -241,6 +242,36 @@ def _with_doses(tables: list[AnnData], keys: dict[str, str], dose: str) -> str:
         amount = table.obs[dose].map(lambda d: "" if pd.isna(d) else f" {float(d):g}").astype(str)
         table.obs[name] = text.where(text == keys["control"], text + amount)
     return name
+
+
+def _only_held_out(
+    predicted: dict[str, AnnData], observed: AnnData, keys: dict[str, str]
+) -> dict[str, int]:
+    """Leave out predicted conditions that are not of the scored part; return how many cells.
+
+    A prediction of everything can so be scored on val and on test. That every held-out condition
+    is predicted is checked by the protocol.
+    """
+    columns = [keys["cell_type_key"], keys["perturbation_key"]]
+
+    def conditions(cells: AnnData) -> pd.MultiIndex:
+        missing = [name for name in columns if name not in cells.obs]
+        if missing:
+            raise ValueError(
+                f"predicted: no column {missing[0]!r} in .obs; it has {', '.join(cells.obs)}"
+            )
+        texts = [cells.obs[name].astype(str).str.strip() for name in columns]
+        return pd.MultiIndex.from_arrays(texts)
+
+    left_out = {}
+    known = conditions(observed).unique()
+    for name, cells in predicted.items():
+        kept = np.asarray(conditions(cells).isin(known))
+        left_out[name] = int((~kept).sum())
+        if left_out[name]:
+            predicted[name] = cells[kept].copy()
+            logger.info("%s: %d cells are not of the scored part", name, left_out[name])
+    return left_out
 
 
 def _same_genes(
