@@ -128,7 +128,7 @@ def count_shift(
     wanted_G /= wanted_G.sum()
     counts = sp.csr_matrix(control.counts[rows], dtype=np.float64)
     library_S = np.asarray(counts.sum(axis=1)).ravel()
-    scale_S = np.asarray(values.expm1().sum(axis=1, dtype=np.float64)).ravel()
+    scale_S = np.asarray(values.expm1() @ np.ones(values.shape[1]))
     kept_G = np.minimum(1.0, wanted_G / fraction_G)
     thinned = generator.binomial(np.rint(counts.data).astype(np.int64), kept_G[counts.indices])
     counts = sp.csr_matrix(

@@ -19,6 +19,7 @@ from scale.evaluate.statistics import (
     GeneTests,
     SortedControl,
     column_means,
+    column_sums,
     gene_tests,
     sort_control,
 )
@@ -100,7 +101,7 @@ def moments(cells: sp.csr_matrix) -> tuple[Floats, Floats]:
     squares = sp.csr_matrix(
         (cells.data.astype(np.float64) ** 2, cells.indices, cells.indptr), shape=cells.shape
     )
-    square_G = np.asarray(squares.sum(axis=0)).ravel()
+    square_G = column_sums(squares)
     variance_G = (square_G - count * mean_G**2) / max(count - 1, 1)
     return mean_G, np.maximum(variance_G, 0.0)
 

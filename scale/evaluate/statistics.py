@@ -138,10 +138,14 @@ def _columns(cells: sp.csr_matrix) -> sp.csc_matrix:
     return columns
 
 
+def column_sums(cells: sp.csr_matrix) -> Floats:
+    """Return the sum of every gene in float64 (scipy's own sum of a float32 matrix is float32)."""
+    return np.asarray(cells.T @ np.ones(cells.shape[0]))
+
+
 def column_means(cells: sp.csr_matrix) -> Floats:
     """Return the mean of every gene, summed in float64."""
-    total_G = np.asarray(cells.sum(axis=0, dtype=np.float64)).ravel()
-    return np.asarray(total_G / cells.shape[0])
+    return column_sums(cells) / float(cells.shape[0])
 
 
 def sort_control(cells: sp.csr_matrix) -> SortedControl:

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scale.evaluate.checks import CellTable, Rows
-from scale.evaluate.statistics import Floats, column_means
+from scale.evaluate.statistics import Floats, column_means, column_sums
 
 NUM_COMPONENTS = 10
 RIDGE = 0.1
@@ -63,7 +63,7 @@ class InputControl:
         """Expression fractions, half a count added to each gene; None without counts."""
         if self.counts is None:
             return None
-        total_G = np.asarray(self.counts.sum(axis=0, dtype=np.float64)).ravel() + 0.5
+        total_G = column_sums(self.counts) + 0.5
         return np.asarray(total_G / total_G.sum())
 
 
@@ -113,7 +113,7 @@ class Training:
         mean_G = column_means(train.values[rows])
         log_fraction_G = None
         if train.counts is not None and control_fraction_G is not None:
-            total_G = np.asarray(train.counts[rows].sum(axis=0, dtype=np.float64)).ravel()
+            total_G = column_sums(train.counts[rows])
             # One pseudo-count per gene on average, spread like the control: it shrinks towards no
             # change whatever the depth, where a uniform one would make depth look like an effect.
             smoothed_G = total_G + total_G.size * control_fraction_G
