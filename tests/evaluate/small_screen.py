@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scale.config import ProtocolConfig
+from scale.config import Profile, ProtocolConfig
 from scale.evaluate.protocol import run_protocol
 
 KEYS = {"perturbation_key": "drug", "cell_type_key": "line", "control": "DMSO"}
@@ -75,7 +75,9 @@ def hold_out(adata, pairs):
 def evaluate(predicted, observed, train=None, *, seed=0, unit_key=None, **protocol):
     if not isinstance(predicted, dict):
         predicted = {"model": predicted}
-    settings = ProtocolConfig(**({"baselines": False, "ceiling": False} | protocol))
+    protocol = {"baselines": False, "ceiling": False} | protocol
+    protocol["profile"] = Profile[protocol.get("profile", "strict")]
+    settings = ProtocolConfig(**protocol)
     return run_protocol(
         predicted, observed, train=train, protocol=settings, seed=seed, unit_key=unit_key, **KEYS
     )
