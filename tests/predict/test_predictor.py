@@ -7,9 +7,9 @@ import pytest
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
-from scale.model.model import ScaleModel
 
 from scale.config import Backend, ModelConfig, ObjectiveConfig, ParallelConfig
+from scale.model.model import ScaleModel
 from scale.predict.predictor import Predictor
 from scale.predict.query import QueryKeys, Request
 from scale.runtime import World
