@@ -18,6 +18,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from scale.config import CountsPolicy
+from scale.data.kernels import UNSORTED, find_duplicate, to_counts
 from scale.data.source import H5adFile
 from scale.runtime import derive
 from scale.types import SourceError
@@ -136,14 +137,10 @@ def check_counts(
     data_M = block.data
     if data_M.dtype.kind not in _NUMBERS:
         raise SourceError(f"{file.name}: {location} holds {data_M.dtype}; expected numbers")
-    if len(data_M):
-        # Two comparisons decide the usual case; a NaN fails the first.
-        in_range = data_M.min() >= 0 and data_M.max() <= MAX_COUNT
-        if not in_range or not _is_whole(data_M):
-            _refuse_value(file, location, row_N, block)
-    counts = sp.csr_matrix(
-        (data_M.astype(np.uint32), block.indices, block.indptr), shape=block.shape
-    )
+    count_M = np.empty(len(data_M), dtype=np.uint32)
+    if to_counts(data_M, float(MAX_COUNT), count_M) >= 0:
+        _refuse_value(file, location, row_N, block)
+    counts = sp.csr_matrix((count_M, block.indices, block.indptr), shape=block.shape)
     return _sorted_rows(file, location, row_N, counts)
 
 
@@ -314,18 +311,15 @@ def _sorted_rows(
     file: H5adFile, location: str, row_N: npt.NDArray[np.int64], counts: sp.csr_matrix
 ) -> sp.csr_matrix:
     """Return the rows with ascending columns and without stored zeros."""
-    counts.has_sorted_indices = False
-    counts.sort_indices()  # a look at the order first; sorted rows are left alone
-    if len(counts.indices) > 1:
-        same_M = np.flatnonzero(np.diff(counts.indices) == 0)
-        # The last entry of one row and the first of the next may be equal.
-        row_M = np.searchsorted(counts.indptr, same_M, side="right")
-        twice = same_M[row_M == np.searchsorted(counts.indptr, same_M + 1, side="right")]
-        if len(twice):
-            raise SourceError(
-                f"{_place(file, location, row_N, counts, int(twice[0]))} stands twice in its row; "
-                "sum duplicates before writing (X.sum_duplicates())"
-            )
+    twice = find_duplicate(counts.indptr, counts.indices)
+    if twice == UNSORTED:
+        counts.sort_indices()
+        twice = find_duplicate(counts.indptr, counts.indices)
+    if twice >= 0:
+        raise SourceError(
+            f"{_place(file, location, row_N, counts, twice)} stands twice in its row; "
+            "sum duplicates before writing (X.sum_duplicates())"
+        )
     if len(counts.data) and counts.data.min() == 0:
         counts.eliminate_zeros()
     return counts

@@ -8,7 +8,6 @@ file, in runs sorted by condition; the cells that come out do not depend on how 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +99,7 @@ class CellGroups:
     memory_bytes
         Cells are held up to this size; those beyond go to the spill file.
     spill_dir
-        Folder for the spill file; made when it is needed, removed by :meth:`close`.
+        Folder for the spill file, which the caller removes.
     """
 
     def __init__(
@@ -122,18 +121,6 @@ class CellGroups:
         self._held: list[GroupedCells] = []
         self._held_bytes = 0
         self._runs: list[_Run] = []
-        shutil.rmtree(spill_dir, ignore_errors=True)  # of a run that was killed
-
-    def __enter__(self) -> CellGroups:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove the spill file."""
-        self._held = []
-        shutil.rmtree(self._spill_dir, ignore_errors=True)
 
     def add(self, cells: GroupedCells) -> None:
         """Take a block of cells; every cell of the source may come once."""
@@ -176,7 +163,6 @@ class CellGroups:
         cells = cells.take(np.argsort(cells.condition_N, kind="stable"))
         condition_C, first_C = np.unique(cells.condition_N, return_index=True)
         stop_C = [*first_C[1:].tolist(), len(cells.condition_N)]
-        self._spill_dir.mkdir(parents=True, exist_ok=True)
         compressor = zstandard.ZstdCompressor(level=_COMPRESSION_LEVEL)
         offsets = [self.spilled_bytes]
         with self._spill_file.open("ab") as handle:

@@ -22,11 +22,12 @@ import pandas as pd
 from scale.config import GeneChoice, PrepareConfig, SourceFormat, to_yaml
 from scale.data.genes import StreamingMoments
 from scale.data.grouping import CellGroups
+from scale.data.partial import PartialDirectory
 from scale.data.reader import Columns, CountReader, choose_list
 from scale.data.scan import ConditionTable, Scan, report_without_control
 from scale.data.simulate import SimulationConfig, simulate
 from scale.data.source import Source, find_files
-from scale.data.store_files import file_sha256
+from scale.data.store_files import MANIFEST, file_sha256
 from scale.data.store_writer import StoreWriter
 from scale.types import SourceError, StoreError
 
@@ -142,28 +143,34 @@ def prepare(
         block_cells=block_cells,
     )
     conditions = scan.finish(config.condition_by)
-    genes = _choose_genes(config, reader, conditions, progress)
-    with CellGroups(
-        len(conditions.conditions),
-        len(genes.columns),
-        seed=config.seed,
-        memory_bytes=config.memory_bytes // 4,  # the sorted copy and a block of input come on top
-        spill_dir=path.with_name(path.name + ".spill"),
-    ) as groups:
+    # Claimed for the whole run: a second one for the same store stops here, not at the end.
+    spill = PartialDirectory(path.with_name(path.name + ".spill"), overwrite=False, mark="")
+    try:
+        genes = _choose_genes(config, reader, conditions, progress)
+        groups = CellGroups(
+            len(conditions.conditions),
+            len(genes.columns),
+            seed=config.seed,
+            memory_bytes=config.memory_bytes // 4,  # a sorted copy and blocks of input come on top
+            spill_dir=spill.partial,
+        )
         reading = None if progress is None else _named(progress, "read")
         for cells in reader.blocks(genes.columns, progress=reading):
             groups.add(cells)
         keep_C = _kept_conditions(config, conditions, groups.num_cells_C)
-        writer = _writer(config, reader, conditions, genes, files)
-        with writer:
+        with _writer(config, reader, conditions, genes, files) as writer:
             _write(writer, conditions, groups, np.flatnonzero(keep_C), progress)
-        return _report(config, reader, conditions, groups, keep_C, len(genes.columns))
+    finally:
+        spill.abort()
+    return _report(config, reader, conditions, groups, keep_C, len(genes.columns))
 
 
 def _check_target(path: Path, *, overwrite: bool) -> None:
     """Find out now, not after hours of reading, whether the store can be written."""
     if path.exists() and not overwrite:
         raise StoreError(f"{path} exists; give another store=, or overwrite=true")
+    if path.exists() and not (path / MANIFEST).exists():
+        raise StoreError(f"{path} is no store and is not overwritten; give another store=")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise StoreError(f"{path} cannot be written: {parent} is no writable directory")

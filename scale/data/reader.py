@@ -21,6 +21,7 @@ from scale.config import ColumnsConfig, CountsPolicy
 from scale.data.counts import REQUIRED_SHARE, CountsPlace, check_counts, find_counts, recover_counts
 from scale.data.genes import GeneVocabulary
 from scale.data.grouping import GroupedCells
+from scale.data.kernels import keep_columns, sum_rows
 from scale.data.scan import Scan
 from scale.data.source import H5adFile, Source
 from scale.types import SourceError
@@ -256,15 +257,15 @@ def select_columns(
     num
         Columns of the result.
     """
-    indices_M = target_G[counts.indices]
-    kept_M = indices_M >= 0
-    before_M = np.concatenate([[0], np.cumsum(kept_M)])
+    num_stored = len(counts.data)
+    indptr = np.zeros(counts.shape[0] + 1, dtype=np.int64)
+    indices_M, data_M = np.empty(num_stored, np.int32), np.empty(num_stored, np.uint32)
+    keep_columns(counts.indptr, counts.indices, counts.data, target_G, indptr, indices_M, data_M)
+    end = int(indptr[-1])
     chosen = sp.csr_matrix(
-        (counts.data[kept_M], indices_M[kept_M], before_M[counts.indptr]),
-        shape=(counts.shape[0], num),
+        (data_M[:end].copy(), indices_M[:end].copy(), indptr), shape=(counts.shape[0], num)
     )
-    chosen.has_sorted_indices = False
-    chosen.sort_indices()
+    chosen.sort_indices()  # sorted already where the genes are in the order of the file
     return chosen
 
 
@@ -308,8 +309,7 @@ def _totals(
     file: H5adFile, row_N: Columns, counts: sp.csr_matrix, given_N: Floats | None
 ) -> npt.NDArray[np.int64]:
     """Return total counts per cell: over all genes of the matrix, or as a column gives them."""
-    sum_M = np.concatenate([[0], np.cumsum(counts.data, dtype=np.int64)])
-    total_N: Columns = np.diff(sum_M[counts.indptr])
+    total_N: Columns = sum_rows(counts.indptr, counts.data)
     if given_N is None:
         return total_N
     bad = np.flatnonzero((given_N < total_N) & (given_N > 0))

@@ -29,6 +29,7 @@ from scale.config import (
 from scale.data.counts import recover_counts
 from scale.data.genes import StreamingMoments
 from scale.data.grouping import CellGroups, GroupedCells
+from scale.data.partial import PartialDirectory
 from scale.data.prepare import prepare
 from scale.data.source import Source
 from scale.data.store import CellSetStore
@@ -175,7 +176,7 @@ def test_the_store_does_not_depend_on_spilling(source, tmp_path, fingerprint):
     report = prepare(settings([source], tmp_path / "store", memory_bytes=100_000))
     assert report.spilled_bytes > 0
     assert CellSetStore.open(report.path).fingerprint == fingerprint
-    assert not list(tmp_path.glob("*.spill"))
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
 
 
 def test_files_are_one_source_in_the_order_of_their_names(source, tmp_path, fingerprint):
@@ -292,14 +293,11 @@ def test_spilled_cells_come_back_bit_for_bit(tmp_path):
     )
     results = []
     for memory_bytes in (1 << 30, 0):
-        groups = CellGroups(
-            5, num_genes, seed=3, memory_bytes=memory_bytes, spill_dir=tmp_path / "spill"
-        )
-        with groups:
-            for start in range(0, num_cells, 70):
-                groups.add(cells.take(slice(start, min(start + 70, num_cells))))
-            results.append(list(groups.read(np.arange(5))))
-        assert not (tmp_path / "spill").exists()
+        groups = CellGroups(5, num_genes, seed=3, memory_bytes=memory_bytes, spill_dir=tmp_path)
+        for start in range(0, num_cells, 70):
+            groups.add(cells.take(slice(start, min(start + 70, num_cells))))
+        results.append(list(groups.read(np.arange(5))))
+        assert (groups.spilled_bytes > 0) == (memory_bytes == 0)
     for held, spilled in zip(*results, strict=True):
         np.testing.assert_array_equal(held.ordinal_N, spilled.ordinal_N)
         np.testing.assert_array_equal(held.batch_N, spilled.batch_N)
@@ -771,6 +769,17 @@ def test_a_store_that_exists_is_kept_unless_told(source, tmp_path, fingerprint):
     with pytest.raises(StoreError, match="store exists; give another store=, or overwrite=true"):
         prepare(settings([source], store))
     assert make_store([source], store, overwrite=True).fingerprint == fingerprint
+    (tmp_path / "home").mkdir()
+    with pytest.raises(StoreError, match="home is no store and is not overwritten"):
+        prepare(settings([source], tmp_path / "home", overwrite=True))
+
+
+def test_two_runs_cannot_write_one_store(source, tmp_path):
+    claim = PartialDirectory(tmp_path / "store.spill", overwrite=False, mark="")
+    with pytest.raises(StoreError, match="another process is writing"):
+        prepare(settings([source], tmp_path / "store"))
+    claim.abort()
+    make_store([source], tmp_path / "store")
 
 
 def test_a_failing_overwrite_keeps_the_old_store(source, tmp_path, fingerprint):
