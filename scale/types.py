@@ -124,6 +124,21 @@ class Perturbation:
             return "+".join(c.name for c in self.components)
         return repr([(c.name, c.dose, c.unit) for c in self.components])
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the components."""
+        return tuple(c.name for c in self.components)
+
+    @property
+    def doses(self) -> tuple[float, ...]:
+        """Doses of the components that have one."""
+        return tuple(c.dose for c in self.components if c.dose is not None)
+
+    @property
+    def without_units(self) -> Perturbation:
+        """The same agents at the same doses, for comparison with what was written without units."""
+        return Perturbation(tuple(replace(c, unit=None) for c in self.components))
+
     @classmethod
     def parse(
         cls,

@@ -33,7 +33,7 @@ from scale.runtime import (
     package_version,
 )
 from scale.train.checkpoint import load_for_prediction
-from scale.types import ABSENT, Batch, Vocabulary
+from scale.types import ABSENT, Batch, Perturbation, Vocabulary
 
 if TYPE_CHECKING:
     from scale.model.model import ScaleModel
@@ -101,6 +101,10 @@ class Predictor:
         self.model = model.eval()
         self.vocabulary = vocabulary
         self.source_sha256 = source_sha256
+        self._seen = {
+            Perturbation.parse(label, separator=vocabulary.separator).without_units
+            for label in vocabulary.perturbations
+        }
 
     @property
     def genes(self) -> tuple[str, ...]:
@@ -301,7 +305,7 @@ class Predictor:
             blocks.append(sp.csr_matrix(values.flatten(0, 1).cpu().numpy()))
             sources.append(rows_BS.ravel())
         source = np.concatenate(sources)[: request.num_cells]
-        seen = request.perturbation.label in self.perturbations
+        seen = request.perturbation.without_units in self._seen
         return Block(
             sp.vstack(blocks, format="csr")[: request.num_cells],
             pd.DataFrame(
@@ -309,6 +313,7 @@ class Predictor:
                     "perturbation": request.label,
                     "cell_type": request.cell_type,
                     "batch": controls.obs["batch"].to_numpy()[source],
+                    "dose": next((d for d in request.perturbation.doses), np.nan),
                     "source_cell": controls.obs.index.to_numpy()[source],
                     "is_control": False,
                     "seen_in_training": seen,
@@ -395,6 +400,7 @@ def _control_block(controls: Controls, value_scale: float) -> Block:
             "perturbation": None,
             "cell_type": controls.obs["cell_type"].to_numpy(),
             "batch": controls.obs["batch"].to_numpy(),
+            "dose": np.nan,
             "source_cell": controls.obs.index.to_numpy(),
             "is_control": True,
             "seen_in_training": True,

@@ -118,15 +118,17 @@ class Query:
         self, labels: Sequence[str] | None, dose: float | None, num_cells: int | None
     ) -> list[Request]:
         """One request per (context with controls, label)."""
-        wanted = list(self.vocabulary.perturbations if labels is None else labels)
+        vocabulary = self.vocabulary
+        wanted = list(vocabulary.perturbations if labels is None else labels)
         counts = pd.crosstab(self._cell_types, self._labels)
         requests = []
         for cell_type in sorted(set(self.controls.obs["cell_type"])):
             for label in wanted:
-                perturbation = Perturbation.parse(
-                    label, dose=dose, unit=None, separator=self.vocabulary.separator
-                )
-                self.vocabulary.component_rows(perturbation)
+                perturbation = Perturbation.parse(label, dose=dose, separator=vocabulary.separator)
+                vocabulary.component_rows(perturbation)
+                if vocabulary.dose_key is not None and perturbation.doses:
+                    # as in the source: the names here, the dose in a column of its own
+                    label = (vocabulary.separator or "+").join(perturbation.names)
                 observed = int(counts.loc[cell_type].get(label, 0))
                 size = num_cells or observed or int(counts.loc[cell_type][self.control])
                 requests.append(Request(cell_type, None, perturbation, label, size))
@@ -136,6 +138,10 @@ class Query:
         """Put the columns of the prediction under the names of the input."""
         obs.loc[obs["is_control"].astype(bool), "perturbation"] = self.control
         names = {"perturbation": self.perturbation_key, "cell_type": self.cell_type_key}
+        if self.vocabulary.dose_key is not None:
+            obs = obs.rename(columns={"dose": self.vocabulary.dose_key})
+        else:
+            obs = obs.drop(columns="dose")
         if self.batch_key is not None:
             names["batch"] = self.batch_key
         else:

@@ -1,5 +1,7 @@
 """Prediction: an untrained model is the identity, and every way in gives the same cells."""
 
+import dataclasses
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -270,3 +272,19 @@ def test_guidance_one_and_more_steps_keep_the_identity(predictor, cells):
     for options in ({"guidance": 2.0}, {"num_steps": 4}):
         other = predictor.predict(cells, perturbation="Imatinib", **options)
         np.testing.assert_allclose(other.X.toarray(), plain.X.toarray(), atol=1e-5)
+
+
+def test_doses_stand_in_a_column_of_their_own(predictor, cells):
+    vocabulary = dataclasses.replace(
+        VOCABULARY, dose_key="dose", perturbations=("[('Imatinib', 0.5, 'uM')]",)
+    )
+    dosed = Predictor(predictor.model, vocabulary, source_sha256="0" * 64)
+    predicted = dosed.predict(cells)
+    treated = predicted.obs[~predicted.obs["is_control"]]
+    assert set(treated["drug"]) == {"Imatinib"}
+    assert set(treated["dose"]) == {0.5}
+    assert treated["seen_in_training"].all()
+    assert predicted.obs.loc[predicted.obs["is_control"], "dose"].isna().all()
+    other = dosed.predict(cells, perturbation="Imatinib", dose=5.0, include_control=False)
+    assert not other.obs["seen_in_training"].any()
+    assert set(other.obs["dose"]) == {5.0}
