@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -94,6 +95,9 @@ def _check_arguments(task: str, arguments: Sequence[str]) -> list[str]:
 
 def _compose_and_run(task: str, arguments: Sequence[str]) -> int:
     """Let Hydra compose the settings, then run the task on them, once or once per sweep job."""
+    if not sys.warnoptions:  # what a library will change one day is no news to a user
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
     stop = StopSignal()
     if task in _STOPPABLE:
         stop.install()  # before torch is imported: a signal that comes first would kill

@@ -17,8 +17,6 @@ from scale.config import Backend, InfoConfig, ModelConfig
 from scale.runtime import git_state, versions
 from scale.types import Vocabulary
 
-_WIDTH = 22
-
 
 def run(config: InfoConfig) -> int:
     """Print what was asked for and return the exit status."""
@@ -34,8 +32,9 @@ def run(config: InfoConfig) -> int:
     sections = {"environment": list(_environment()), **sections}
     for number, (title, lines) in enumerate(sections.items()):
         print(f"{'' if number == 0 else chr(10)}{title}")
+        width = max(20, *(len(name) for name, _ in lines))
         for name, text in lines:
-            print(f"  {name:<{_WIDTH}}{text}")
+            print(f"  {name:<{width}}  {text}")
     return 0
 
 
