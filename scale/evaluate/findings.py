@@ -175,6 +175,10 @@ class Findings:
         top = max(rivals) if self.better(metric) == "higher" else min(rivals)
         return number(value) == number(top)
 
+    def verdict(self, model: str) -> str:
+        """Verdict of the mean-collapse check, empty where it was not made."""
+        return str(self.evaluation.collapse.get(model, {}).get("verdict", ""))
+
     def summary(self) -> dict[str, dict[str, float]]:
         """Method -> metric -> mean over contexts; the better form where a method has two."""
         means: dict[str, dict[str, float]] = {}

@@ -25,7 +25,8 @@ h2 { font-size:1.25rem; margin:2.6em 0 .7em; padding-top:1.1em; border-top:1px s
 h3 { font-size:1rem; margin:1.7em 0 .5em; font-weight:620; }
 p { margin:.5em 0; max-width:76ch; }
 code { font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
-.verdicts { display:grid; grid-template-columns:repeat(auto-fit,minmax(430px,1fr)); gap:14px; }
+.verdicts { display:grid; gap:14px;
+  grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr)); }
 .verdict { border:1px solid var(--rule); border-left:4px solid #9aa3af; border-radius:8px;
   padding:12px 16px 13px; }
 .verdict.better { border-left-color:var(--good); } .verdict.worse { border-left-color:var(--bad); }

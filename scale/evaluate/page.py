@@ -66,7 +66,7 @@ def _verdict(findings: Findings) -> str:
     for model, comparisons in findings.comparisons.items():
         if len(findings.models) > 1:
             parts.append(html.heading(model))
-        parts.append(html.paragraph(_capital(overall(model, comparisons)), "lead"))
+        parts.append(html.paragraph(overall(model, comparisons, findings.verdict(model)), "lead"))
         parts.append(
             html.cards(
                 html.verdict(
@@ -92,7 +92,7 @@ def _verdict(findings: Findings) -> str:
     for model in findings.models:
         collapse = findings.evaluation.collapse.get(model, {})
         told = collapse_sentence(model, collapse)
-        alarm = any(word in str(collapse.get("verdict", "")).upper() for word in _ALARMS)
+        alarm = any(word in findings.verdict(model) for word in _ALARMS)
         lines.append(("Mean-collapse check.", told, alarm))
     lines += [("", line, False) for line in banners(findings.evaluation, findings.baselines)]
     return "".join(parts) + html.notes(lines)

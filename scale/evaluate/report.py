@@ -18,7 +18,8 @@ import pandas as pd
 from scale.config import ProtocolConfig
 from scale.evaluate import page, text
 from scale.evaluate.findings import Findings
-from scale.evaluate.pictures import Subject, draw
+from scale.evaluate.pictures import Subject, draw, draw_summary
+from scale.plot.canvas import png
 from scale.runtime import atomic_path, versions, write_json
 
 if TYPE_CHECKING:
@@ -34,10 +35,14 @@ FILES = (
     "collapse.json",
     "meta.json",
     "summary.json",
+    "summary.png",
     "report.md",
     "report.html",
 )
-"""What :meth:`Report.save` writes; the page last, so that it stands for the whole."""
+"""What :meth:`Report.save` writes; the page last, so that it stands for the whole.
+
+``summary.png`` is left out where there is nothing to draw.
+"""
 
 
 class Report:
@@ -154,6 +159,9 @@ class Report:
         write_json(folder / "collapse.json", _for_json(self.evaluation.collapse))
         write_json(folder / "meta.json", _for_json({"title": self.title, **self.meta}))
         write_json(folder / "summary.json", _for_json(self.summary()))
+        if (figure := draw_summary(self.subject)) is not None:
+            with atomic_path(folder / "summary.png") as temporary:
+                temporary.write_bytes(png(figure))
         for name, content in (("report.md", self.markdown()), ("report.html", self.html())):
             with atomic_path(folder / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")

@@ -84,7 +84,7 @@ def markdown(findings: Findings, *, title: str, subtitle: str, meta: Mapping[str
     """Return the whole report as text."""
     lines = [f"# {title}", "", subtitle, "", "## Verdict", ""]
     for model, comparisons in findings.comparisons.items():
-        lines += [overall(model, comparisons), ""]
+        lines += [overall(model, comparisons, findings.verdict(model)), ""]
         for c in comparisons:
             head = label_of(c.metric) if len(findings.models) == 1 else f"{model}, {c.metric}"
             lines.append(f"- {head}: {sentence(c)}")

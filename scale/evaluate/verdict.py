@@ -269,8 +269,14 @@ def short_verdict(comparison: Comparison) -> str:
     return {"better": "better", "worse": "worse", "open": "not told apart"}[comparison.outcome]
 
 
-def overall(model: str, comparisons: Sequence[Comparison]) -> str:
-    """Return the verdict over the claim metrics in one sentence."""
+_COLLAPSES = ("COLLAPSED", "CONTROL COPY")
+
+
+def overall(model: str, comparisons: Sequence[Comparison], collapse: str = "") -> str:
+    """Return the verdict over the claim metrics in one sentence.
+
+    Where the mean-collapse check (its verdict is ``collapse``) fires, no claim stands.
+    """
     claims = [c for c in comparisons if c.is_claim and c.baseline is not None]
     if not claims:
         return f"{model}: no baseline was scored on a claim metric, so nothing can be claimed."
@@ -285,7 +291,10 @@ def overall(model: str, comparisons: Sequence[Comparison]) -> str:
             f"{MINIMUM_UNITS} independent units none of this is established."
         )
     text = f"{model} beats the best baseline on {counted['better']} of {total}"
-    return f"{text} and is beaten on {counted['worse']}." if counted["worse"] else f"{text}."
+    text += f" and is beaten on {counted['worse']}." if counted["worse"] else "."
+    if any(word in collapse for word in _COLLAPSES):
+        text += f" But the collapse check fires ({collapse}), so none of this is a claim."
+    return text
 
 
 def collapse_sentence(model: str, facts: dict[str, object]) -> str:

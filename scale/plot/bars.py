@@ -130,7 +130,7 @@ def scores(
         _bar(ax, place, method, ends, colours.get(method, QUIET))
     drawn = rows[["mean", "low", "high"]].to_numpy(np.float64).ravel()
     top = ceiling_of(rows)
-    _leave_room(ax, np.append(drawn, top))
+    _leave_room(ax, np.append(drawn, top), is_negative=bool((rows["mean"] < 0).any()))
     if np.isfinite(top):
         ax.axvline(top, color=REPLICATE, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
     ax.axvline(0, color=QUIET, linewidth=0.8)
@@ -175,12 +175,13 @@ def _bar(ax: Axes, place: int, method: str, values: Sequence[float], colour: str
     )
 
 
-def _leave_room(ax: Axes, values: Floats) -> None:
+def _leave_room(ax: Axes, values: Floats, *, is_negative: bool) -> None:
     """Widen the axis so that the numbers at the ends of the bars stay inside."""
     ends = values[np.isfinite(values)]
     low, high = min(0.0, float(ends.min())), max(0.0, float(ends.max()))
     span = max(high - low, 1e-9)
-    ax.set_xlim(low - (0.28 * span if low < 0 else 0.0), high + 0.28 * span)
+    left = 0.28 if is_negative else 0.03 if low < 0 else 0.0
+    ax.set_xlim(low - left * span, high + 0.28 * span)
 
 
 def score_panels(

@@ -40,8 +40,9 @@ _BASELINES = {
     "context_transfer": "#93c9b8",
     "additive": "#dbabc6",
     "nearest": "#a9c9e6",
+    "linear": "#cdbfa4",
 }
-_OTHER_BASELINES = ("#cdbfa4", "#e9dd93", "#c3b4e0", "#bcd39a")
+_OTHER_BASELINES = ("#e9dd93", "#c3b4e0", "#bcd39a")
 
 TITLE_POINTS = 10.5
 LABEL_POINTS = 9.0

@@ -36,7 +36,7 @@ def heat(
         ax.text(
             j,
             i,
-            f"{number:.2f}" if known else "–",
+            f"{number:.2f}".replace("-0.00", "0.00") if known else "–",
             ha="center",
             va="center",
             fontsize=SMALL_POINTS - 0.5,

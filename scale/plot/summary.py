@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from scale.plot.bars import scores
@@ -14,6 +16,8 @@ from scale.plot.plane import embedding
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+Floats = npt.NDArray[np.float64]
 
 
 def summary(
@@ -28,6 +32,7 @@ def summary(
     labels: Mapping[str, str] | None = None,
     condition: str = "held-out condition",
     context: str | None = None,
+    plane: tuple[Floats, tuple[str, str]] | None = None,
 ) -> Figure:
     """Return one wide figure: key metrics, cells in the plane, a held-out change of expression.
 
@@ -49,6 +54,9 @@ def summary(
         Metric -> title.
     condition, context
         What the scatter shows; the context of the cells, None = all.
+    plane
+        Coordinates of every cell of ``cells`` and the names of the two axes; None = their
+        principal components.
     """
     num_methods = aggregate["method"].nunique()
     figure = new_figure(13.2, max(4.2, 0.55 * num_methods + 0.9))
@@ -58,10 +66,13 @@ def summary(
         title = (labels or {}).get(metric, metric)
         scores(aggregate, metric, colours=colours, label=title, ax=ax)
     where = f" in {context}" if context else ""
+    coordinates, names = plane or (None, ("PC 1", "PC 2"))
     embedding(
         cells,
         method=method,
         context=context,
+        coordinates=coordinates,
+        names=names,
         colours=colours,
         title=f"Cells{where}",
         ax=middle.subplots(),

@@ -387,6 +387,13 @@ def test_sentences_say_what_the_interval_allows():
     )
 
 
+def test_no_claim_stands_where_the_collapse_check_fires(evaluation):
+    assert "none of this is a claim" in overall("model", [_comparison()], "CONTROL COPY")
+    fired = {"model": {"spread_ratio": 0.01, "verdict": "COLLAPSED ACROSS PERTURBATIONS"}}
+    text = Report(_with(evaluation, collapse=fired)).markdown()
+    assert "the collapse check fires (COLLAPSED ACROSS PERTURBATIONS)" in text
+
+
 def test_claim_metrics_are_fixed_beforehand(report):
     claims = [c.metric for c in report.findings.comparisons["model"] if c.is_claim]
     assert claims == CLAIMS

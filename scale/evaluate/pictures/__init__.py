@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scale.evaluate.pictures.of_cells import draw_cells
+from scale.evaluate.pictures.of_cells import draw_cells, draw_summary
 from scale.evaluate.pictures.of_genes import draw_deltas, draw_effects, draw_fold_changes
 from scale.evaluate.pictures.of_scores import (
     draw_contexts,
@@ -20,7 +20,7 @@ from scale.evaluate.pictures.of_scores import (
 )
 from scale.evaluate.pictures.subject import Picture, Subject
 
-__all__ = ["Picture", "Subject", "draw"]
+__all__ = ["Picture", "Subject", "draw", "draw_summary"]
 
 BUILDERS: tuple[Callable[[Subject], list[Picture]], ...] = (
     draw_scores,

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scale.evaluate.pictures.subject import Picture, Subject, picture_of
-from scale.plot.canvas import dot, figure_key, new_figure
+from scale.evaluate.pictures.subject import Picture, Subject, picture_of, row_of
+from scale.evaluate.verdict import label_of
+from scale.plot.canvas import Figure, dot, figure_key, new_figure
 from scale.plot.cells import distribution
 from scale.plot.plane import (
     embedding,
@@ -17,6 +18,7 @@ from scale.plot.plane import (
     response_directions,
     response_map,
 )
+from scale.plot.summary import summary
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -37,6 +39,34 @@ def draw_cells(subject: Subject) -> list[Picture]:
         *(_draw_planes(subject, cells, model) for model in models),
         *_draw_distributions(subject, cells, role),
     ]
+
+
+def draw_summary(subject: Subject) -> Figure | None:
+    """Return the one figure for a README: scores, cells, and the median condition."""
+    examples, cells = subject.examples(), subject.evaluation.cells
+    tables = _changes(subject, subject.model)
+    if not examples or tables is None or cells is None:
+        return None
+    condition = examples.get("Median") or next(iter(examples.values()))
+    deltas = subject.evaluation.deltas
+    preferred = ("pearson_delta", "overlap_at_N", "retrieval_l2", *subject.headline)
+    metrics = [m for m in dict.fromkeys(preferred) if m in subject.headline][:2]
+    observed_PG, _, genes = tables
+    basis_2G, shares_2 = response_directions(observed_PG)
+    centred, known = _against_control(cells, genes)
+    first, second = (f"response {i + 1} ({shares_2[i]:.0%} of the change)" for i in range(2))
+    return summary(
+        subject.aggregate,
+        cells[known],
+        row_of(deltas, subject.model, condition),
+        row_of(deltas, "observed", condition),
+        method=subject.model,
+        metrics=metrics,
+        colours={m: subject.colours[m] for m in (*subject.order, "observed", "control")},
+        labels={m: label_of(m) for m in metrics},
+        condition=f"Median condition: {subject.name(condition)}",
+        plane=(centred[known] @ basis_2G.T, (first, second)),
+    )
 
 
 def _drawn(cells: AnnData, model: str) -> bool:
