@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from scale.data.kernels import gene_moments
 from scale.types import SourceError
 
 _NUM_BINS = 20
@@ -160,12 +161,13 @@ class StreamingMoments:
             raise ValueError(
                 f"counts {counts.shape} do not fit {len(library)} cells x {num_genes} genes"
             )
-        scale = _TARGET_SUM / np.maximum(np.asarray(library, dtype=np.float64), 1.0)
-        value = counts.data * np.repeat(scale, np.diff(counts.indptr))
-        self._sum_G += np.bincount(counts.indices, weights=value, minlength=num_genes)
-        self._square_G += np.bincount(counts.indices, weights=value * value, minlength=num_genes)
-        present = counts.indices[counts.data != 0]
-        self._nonzero_G += np.bincount(present, minlength=num_genes)
+        scale_N = _TARGET_SUM / np.maximum(np.asarray(library, dtype=np.float64), 1.0)
+        sum_G, square_G, nonzero_G = gene_moments(
+            counts.indptr, counts.indices, counts.data, scale_N, num_genes
+        )
+        self._sum_G += sum_G
+        self._square_G += square_G
+        self._nonzero_G += nonzero_G
         self.num_cells += len(library)
 
     def merge(self, other: StreamingMoments) -> None:

@@ -72,3 +72,24 @@ def keep_columns(
                 new_data_M[end] = data_M[i]
                 end += 1
         new_indptr[row + 1] = end
+
+
+@numba.njit(cache=True, nogil=True)
+def gene_moments(
+    indptr: npt.NDArray[Any],
+    indices_M: npt.NDArray[Any],
+    data_M: npt.NDArray[Any],
+    scale_N: npt.NDArray[np.float64],
+    num_genes: int,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return per gene the sum of the scaled values, of their squares, and how many are not 0."""
+    sum_G, square_G = np.zeros(num_genes), np.zeros(num_genes)
+    nonzero_G = np.zeros(num_genes, np.int64)
+    for row in range(len(indptr) - 1):
+        for i in range(indptr[row], indptr[row + 1]):
+            value = data_M[i] * scale_N[row]
+            gene = indices_M[i]
+            sum_G[gene] += value
+            square_G[gene] += value * value
+            nonzero_G[gene] += data_M[i] != 0
+    return sum_G, square_G, nonzero_G
