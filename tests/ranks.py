@@ -22,7 +22,7 @@ from scale.config import ParallelConfig
 from scale.runtime import World
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "scale.train.parallel"])
+_CONTEXT.set_forkserver_preload(["torch", "scale.tasks.training"])
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,6 @@ def run_ranks(
     deadline = time.monotonic() + timeout
     try:
         while len(answers) + len(failures) < size and time.monotonic() < deadline:
-            # A failed rank leaves the others waiting in a collective: do not wait with them.
-            if failures and time.monotonic() > deadline - timeout / 2:
-                break
             try:
                 rank, failure, answer = results.get(timeout=0.2)
             except queue.Empty:
@@ -93,7 +90,8 @@ def run_ranks(
                 answers[rank] = answer
             else:
                 failures[rank] = failure
-                deadline = min(deadline, time.monotonic() + 5.0)
+                # The others may wait in a collective for ever: do not wait with them.
+                deadline = min(deadline, time.monotonic() + 3.0)
     finally:
         for process in processes:
             process.join(timeout=0.5 if failures else 10.0)

@@ -148,6 +148,8 @@ def save_weights(folder: Path, engine: Engine) -> None:
 
 def load_weights(folder: Path, engine: Engine) -> None:
     """Read what :func:`save_weights` wrote, from any layout; a collective of all ranks."""
+    if engine.distributed_optimizer:
+        optim.prepare_spread_state(engine.optimizer)
     wanted = _sharded_state(engine, is_loading=True)
     try:
         with warnings.catch_warnings():
@@ -161,7 +163,7 @@ def load_weights(folder: Path, engine: Engine) -> None:
         for name, weight in engine.average.weights.items():
             weight.copy_(loaded["average"][name])
     if engine.distributed_optimizer:
-        engine.optimizer.load_state_dict(loaded["optimizer"])
+        optim.load_spread_state(engine.optimizer, loaded["optimizer"])
         return
     with torch.no_grad():
         for kind, tensors in _optimizer_tensors(engine).items():

@@ -7,6 +7,7 @@ modulation among them, and takes another AdamW when Transformer Engine happens t
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -175,6 +176,41 @@ def _spread_optimizer(
     )
     (optimizer,) = chained.chained_optimizers
     return optimizer
+
+
+def prepare_spread_state(optimizer: MegatronOptimizer) -> None:
+    """Give a DistributedOptimizer the state that its loading expects to find.
+
+    Megatron-core 0.16 to 0.19 makes it with Transformer Engine's optimizer only; with torch's it
+    fails on the empty state, or goes on with other numbers.
+    """
+    initialise_state(optimizer.optimizer)
+
+
+def load_spread_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load the state of a DistributedOptimizer around torch's AdamW.
+
+    Megatron-core leaves the step of a parameter out of what it sets, and lets all parameters share
+    one step tensor, which AdamW would then count up once per parameter. Both are mended on this
+    instance; no class is patched.
+    """
+    inner = optimizer.optimizer
+
+    def keep_step(self: Any, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+        group, order = self.model_param_group_index_map[parameter]
+        own = inner.state[inner.param_groups[group]["params"][order]]
+        type(self)._set_main_param_and_optimizer_states(
+            self, parameter, {**tensors, "step": own["step"]}
+        )
+
+    optimizer._set_main_param_and_optimizer_states = types.MethodType(keep_step, optimizer)
+    try:
+        optimizer.load_state_dict(state)
+    finally:
+        del optimizer._set_main_param_and_optimizer_states
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            inner.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
 
 class MovingAverage:

@@ -1,6 +1,5 @@
 """Whole runs: resume after a kill, stop on request, refusals, validation, export."""
 
-import logging
 import math
 import signal
 
@@ -107,12 +106,11 @@ def test_stopped_and_killed_run_ends_with_the_same_bits(uninterrupted, toy_store
     assert ours[-1]["val/energy_distance"] == theirs[-1]["val/energy_distance"]
 
 
-def test_finished_run_says_so_and_more_steps_go_on(uninterrupted, toy_store_path, tmp_path, caplog):
+def test_finished_run_says_so_and_more_steps_go_on(uninterrupted, toy_store_path, tmp_path):
     import shutil
 
     run_dir = shutil.copytree(uninterrupted, tmp_path / "whole")
     before = newest_checkpoint(run_dir)
-    logging.getLogger("scale").addHandler(caplog.handler)
     assert pretrain(run_dir, toy_store_path, split_of(uninterrupted)) == 0
     assert (
         "is finished (12 steps); a higher trainer.max_steps goes on"
