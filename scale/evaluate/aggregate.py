@@ -15,7 +15,10 @@ import pandas as pd
 from scale.evaluate.metrics import METRICS
 from scale.evaluate.scoring import DATA, PREDICTION, Scores
 from scale.evaluate.sides import Side
-from scale.evaluate.statistics import t_interval
+from scale.evaluate.statistics import Floats, t_interval
+
+Key = tuple[str, str, str]
+Means = dict[tuple[str, str], float]
 
 CEILING = "replicate"
 """Method name of the split-half ceiling."""
@@ -116,6 +119,33 @@ class ScoreTable:
         return table[columns]
 
 
+def context_means(scores: pd.DataFrame) -> dict[Key, Means]:
+    """Return (method, form, metric) -> mean over conditions of each (unit, context)."""
+    found: dict[Key, Means] = {}
+    columns = ["method", "form", "metric", "unit", "context"]
+    table = scores.groupby(columns, sort=False)["value"].mean().reset_index()
+    for method, form, metric, unit, context, value in zip(
+        *(table[column] for column in [*columns, "value"]), strict=True
+    ):
+        found.setdefault((method, form, metric), {})[(unit, context)] = float(value)
+    return found
+
+
+def unit_means(means: Means) -> Floats:
+    """Return the mean over the contexts of each unit; undefined contexts are left out."""
+    units: dict[str, list[float]] = {}
+    for (unit, _), value in sorted(means.items()):
+        if np.isfinite(value):
+            units.setdefault(unit, []).append(value)
+    return np.array([np.mean(values) for values in units.values()], dtype=np.float64)
+
+
+def over_units(means: Means) -> float:
+    """Return the mean over units of context means; NaN if all are undefined."""
+    units = unit_means(means)
+    return float(units.mean()) if units.size else float("nan")
+
+
 def aggregate(scores: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
     """Return one row per (method, form, metric) with the mean over units and its interval.
 
@@ -126,63 +156,62 @@ def aggregate(scores: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
     confidence
         Coverage of the interval.
     """
+    keys = [scores["method"], scores["form"], scores["metric"]]
+    reasons = scores["reason"].astype(str)
+    counts = pd.DataFrame(
+        {
+            "mean_over_conditions": scores["value"].groupby(keys, sort=False).mean(),
+            "num_conditions": scores["value"].groupby(keys, sort=False).count(),
+            "num_undefined": (reasons != "").groupby(keys, sort=False).sum(),
+            "num_undefined_observed": reasons.str.startswith(DATA).groupby(keys, sort=False).sum(),
+            "num_undefined_predicted": reasons.str.startswith(PREDICTION)
+            .groupby(keys, sort=False)
+            .sum(),
+        }
+    ).to_dict("index")
     rows = []
-    for (method, form, metric), block in scores.groupby(
-        ["method", "form", "metric"], sort=False, observed=True
-    ):
-        contexts = block.groupby(["unit", "context"], sort=True)["value"].mean()
-        units = contexts.groupby(level="unit").mean()
-        interval = t_interval(units.to_numpy(np.float64), confidence=confidence)
-        reasons = block["reason"].astype(str)
+    for key, means in context_means(scores).items():
+        method, form, metric = key
+        interval = t_interval(unit_means(means), confidence=confidence)
+        full = over_units({k: full_depth(metric, v) for k, v in means.items()})
         rows.append(
             {
                 "method": method,
                 "form": form,
                 "metric": metric,
                 "mean": interval.mean,
-                "mean_over_conditions": block["value"].mean(),
                 "low": interval.low,
                 "high": interval.high,
                 "reason": interval.reason,
                 "num_units": interval.num_units,
-                "num_conditions": int(block["value"].notna().sum()),
-                "num_undefined": int((reasons != "").sum()),
-                "num_undefined_observed": int(reasons.str.startswith(DATA).sum()),
-                "num_undefined_predicted": int(reasons.str.startswith(PREDICTION).sum()),
-                "better": METRICS[str(metric)].better,
-                "mean_full_depth": full_depth(str(metric), contexts)
-                if method == CEILING
-                else np.nan,
+                **{str(name): value for name, value in counts[key].items()},
+                "better": METRICS[metric].better,
+                "mean_full_depth": full if method == CEILING else float("nan"),
             }
         )
     return pd.DataFrame(rows)
 
 
-def full_depth(metric: str, half_depth: pd.Series) -> float:
-    """Return what a ceiling at half depth is at full depth, averaged like the scores."""
-    return float(full_depth_of(metric, half_depth).groupby(level="unit").mean().mean())
+def full_depth(metric: str, half_depth: float) -> float:
+    """Return what a ceiling at half depth is at full depth.
 
+    Spearman-Brown 2r / (1 + r) for correlations (r <= 0 has none), 1/2 and 1/sqrt 2 for errors,
+    the value itself for unbiased distances. For set and ranking metrics of the gene test there is
+    no correction: NaN. The catalogue says which.
 
-def full_depth_of(metric: str, half_depth: pd.Series) -> pd.Series:
-    """Return context means of a half-depth ceiling carried to full depth.
-
-    Parameters
-    ----------
-    metric
-        Name; the catalogue knows the correction: Spearman-Brown 2r / (1 + r) for correlations
-        (r <= 0 has none), 1/2 and 1/sqrt 2 for errors, none for unbiased distances. For set and
-        ranking metrics of the gene test there is none: NaN.
-    half_depth
-        Context means, indexed by (unit, context).
+    Examples
+    --------
+    >>> full_depth("pearson_delta", 0.5), full_depth("mse", 0.5)
+    (0.6666666666666666, 0.25)
     """
     match METRICS[metric].full_depth:
         case "spearman_brown":
-            return (2 * half_depth / (1 + half_depth)).where(half_depth > 0)
+            return 2 * half_depth / (1 + half_depth) if half_depth > 0 else float("nan")
         case "half":
             return half_depth / 2
         case "root_half":
-            return half_depth / float(np.sqrt(2))
+            return half_depth / 2**0.5
         case "same":
             return half_depth
         case _:
-            return half_depth * float("nan")
+            return float("nan")

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from scale.evaluate.aggregate import CEILING, CELLS, full_depth_of
+from scale.evaluate.aggregate import (
+    CEILING,
+    CELLS,
+    Key,
+    Means,
+    context_means,
+    full_depth,
+    over_units,
+)
 from scale.evaluate.metrics import METRICS
 
 _SPLIT_SDS = 3.0
@@ -28,8 +36,8 @@ class _Scale:
     low: float = _NAN
     high: float = _NAN
     high_sd: float = _NAN
-    low_by_context: pd.Series | None = None
-    room_by_context: pd.Series | None = None
+    low_by_context: Means | None = None
+    room_by_context: Means | None = None
     reason: str = ""
 
 
@@ -60,16 +68,17 @@ def add_scaled(
     baselines
         Names of baseline methods.
     """
-    means = _context_means(scores)
+    means = context_means(scores)
     scales = {metric: _scale(metric, table, means, splits, baselines) for metric in METRICS}
     values, reasons = [], []
     for method, form, metric in zip(table["method"], table["form"], table["metric"], strict=True):
         scale = scales[metric]
         values.append(_NAN)
         reasons.append(scale.reason)
-        if scale.room_by_context is not None and method != CEILING:
-            ratio = (means[(method, form, metric)] - scale.low_by_context) / scale.room_by_context
-            values[-1] = _over_units(ratio)
+        low, room = scale.low_by_context, scale.room_by_context
+        if low is not None and room is not None and method != CEILING:
+            own = means[(method, form, metric)]
+            values[-1] = over_units({k: (own.get(k, _NAN) - low[k]) / room[k] for k in room})
     chosen = [scales[metric] for metric in table["metric"]]
     return table.assign(
         baseline=[s.baseline for s in chosen],
@@ -82,22 +91,10 @@ def add_scaled(
     )
 
 
-def _context_means(scores: pd.DataFrame) -> dict[tuple[str, str, str], pd.Series]:
-    """(method, form, metric) -> context means, indexed by (unit, context)."""
-    return {
-        (str(method), str(form), str(metric)): block.groupby(["unit", "context"])["value"].mean()
-        for (method, form, metric), block in scores.groupby(["method", "form", "metric"])
-    }
-
-
-def _over_units(by_context: pd.Series) -> float:
-    return float(by_context.groupby(level="unit").mean().mean())
-
-
 def _scale(
     metric: str,
     table: pd.DataFrame,
-    means: dict[tuple[str, str, str], pd.Series],
+    means: dict[Key, Means],
     splits: pd.DataFrame,
     baselines: Collection[str],
 ) -> _Scale:
@@ -112,22 +109,32 @@ def _scale(
         return _Scale(reason="no baseline covers every condition")
     best = rivals["mean"].idxmax() if better == "higher" else rivals["mean"].idxmin()
     baseline, form = str(rivals["method"].to_dict()[best]), str(rivals["form"].to_dict()[best])
-    low_by_context = means[(baseline, form, metric)]
-    scale = _Scale(baseline=baseline, form=form, low=_over_units(low_by_context))
-    half = means.get((CEILING, CELLS, metric))
-    if half is None or half.isna().all():
+    low = means[(baseline, form, metric)]
+    scale = _Scale(baseline=baseline, form=form, low=over_units(low))
+    half = means.get((CEILING, CELLS, metric), {})
+    if not np.isfinite(list(half.values())).any():
         return replace(scale, reason="no ceiling")
-    full = full_depth_of(metric, half)
-    ceiling = half if full.isna().all() else full
-    block = splits[splits["metric"] == metric]
-    per_split = block.groupby(["split", "unit"])["value"].mean().groupby(level="split").mean()
-    sd = float(per_split.std(ddof=1)) if len(per_split) > 1 else _NAN
-    scale = replace(scale, high=_over_units(ceiling), high_sd=sd)
+    ceiling = {k: full_depth(metric, v) for k, v in half.items()}
+    if not np.isfinite(list(ceiling.values())).any():
+        ceiling = half
+    sd = _split_sd(splits[splits["metric"] == metric])
+    scale = replace(scale, high=over_units(ceiling), high_sd=sd)
     sign = 1.0 if better == "higher" else -1.0
     least = _SPLIT_SDS * float(np.nan_to_num(sd))
-    room = ceiling - low_by_context
-    if not sign * _over_units(room) > least:
+    room = {k: v - low.get(k, _NAN) for k, v in ceiling.items()}
+    if not sign * over_units(room) > least:
         return replace(scale, reason="no headroom: the best baseline is at the ceiling")
     # a context without room of its own would rule the mean by a small divisor
-    room = room.where(sign * room > least)
-    return replace(scale, low_by_context=low_by_context, room_by_context=room)
+    room = {k: v for k, v in room.items() if sign * v > least}
+    return replace(scale, low_by_context=low, room_by_context=room)
+
+
+def _split_sd(splits: pd.DataFrame) -> float:
+    """Standard deviation over splits of the ceiling; NaN for one split."""
+    numbers = sorted(set(splits["split"]))
+    means = []
+    for number in numbers:
+        block = splits[splits["split"] == number]
+        places = zip(block["unit"], block["context"], strict=True)
+        means.append(over_units(dict(zip(places, block["value"], strict=True))))
+    return float(np.std(means, ddof=1)) if len(means) > 1 else _NAN
