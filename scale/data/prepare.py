@@ -262,6 +262,8 @@ def _writer(
     files: list[Path],
 ) -> StoreWriter:
     columns = config.columns
+    if files:
+        logger.info("inputs: sha256 of %d files", len(files))
     over = "all" if columns.library is None else f"column {columns.library}"
     provenance: dict[str, Any] = {
         "config": to_yaml(config),

@@ -29,6 +29,8 @@ from scale.types import SourceError
 LEFT_OUT_BY_WHERE = "left out by where"
 EMPTY_LIBRARY = "no counts"
 NOT_RECOVERED = "counts not recovered"
+MAX_LIBRARY = 2**32 - 1
+"""Largest total that a store holds."""
 
 Columns = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -154,10 +156,10 @@ class CountReader:
                 block = file.rows(facts.place.location, start, stop)
                 if len(row_N) < stop - start:
                     block = block[row_N - start]
-                counts, is_exact_N = self._counts(file, facts.place, row_N, block, library_N)
+                given_N = self._given_totals(file, row_N, library_N)
+                counts, is_exact_N = self._counts(file, facts.place, row_N, block, given_N)
                 num_refused += int((~is_exact_N).sum())
-                given = None if library_N is None else library_N[row_N]
-                total_N = _totals(file, row_N, counts, given)
+                total_N = _totals(file, row_N, counts, given_N)
                 is_used_N = is_exact_N & (total_N > 0)
                 self.dropped[EMPTY_LIBRARY] += int((is_exact_N & ~is_used_N).sum())
                 used = np.flatnonzero(is_used_N)
@@ -187,13 +189,12 @@ class CountReader:
         place: CountsPlace,
         row_N: Columns,
         block: sp.csr_matrix,
-        library_N: Floats | None,
+        given_N: Floats | None,
     ) -> tuple[sp.csr_matrix, npt.NDArray[np.bool_]]:
         """Return checked counts and which rows they are known for."""
         is_exact_N = np.ones(len(row_N), dtype=bool)
         if place.is_recovered:
-            given = None if library_N is None else library_N[row_N]
-            recovered = recover_counts(block, given, place.target_sum)
+            recovered = recover_counts(block, given_N, place.target_sum)
             block, is_exact_N = recovered.counts, recovered.is_exact_N
         return check_counts(file, place.location, row_N, block), is_exact_N
 
@@ -208,14 +209,22 @@ class CountReader:
         name = self._columns.library
         if name is None:
             return None
-        values = file.numbers(name, "columns.library")
-        bad = np.flatnonzero(~np.isfinite(values) | (values < 0) | (values > 2**32 - 1))
+        return np.rint(file.numbers(name, "columns.library"))
+
+    def _given_totals(
+        self, file: H5adFile, row_N: Columns, library_N: Floats | None
+    ) -> Floats | None:
+        """Return the library column for some rows, checked."""
+        if library_N is None:
+            return None
+        given_N = library_N[row_N]
+        bad = np.flatnonzero(~np.isfinite(given_N) | (given_N < 0) | (given_N > MAX_LIBRARY))
         if len(bad):
             raise SourceError(
-                f"{file.name}: column {name!r} (columns.library) is {values[bad[0]]:g} in row "
-                f"{bad[0]}; expected total counts"
+                f"{file.name}: column {self._columns.library!r} (columns.library) is "
+                f"{given_N[bad[0]]:g} in row {row_N[bad[0]]}; expected total counts"
             )
-        return np.rint(values)
+        return given_N
 
     # --- agreement between files ----------------------------------------------------------------
 

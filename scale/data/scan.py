@@ -247,7 +247,7 @@ class Scan:
         _check_complete(file, name, "columns.perturbation", column.codes_N[kept_N])
         dose_N = np.full(file.num_cells, np.nan)
         if dose_name is not None:
-            dose_N = file.numbers(dose_name, "columns.dose")
+            dose_N = file.numbers(dose_name, "columns.dose", kept_N)
         doses, dose_code_N = np.unique(dose_N, return_inverse=True)  # NaN are one value
         pair_N = column.codes_N.astype(np.int64) * len(doses) + dose_code_N.reshape(-1)
         numbers_N = np.full(file.num_cells, _LEFT_OUT, dtype=np.int64)

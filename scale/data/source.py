@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 LOCATIONS = "X, layers/NAME or raw/X"
+_MISSING_TEXTS = ("", "nan", "none", "na", "<na>")
 _ENSEMBL_COLUMNS = ("ensembl_id", "ensembl_ids", "gene_ids", "gene_id")
 
 
@@ -84,7 +85,7 @@ class H5adFile:
                     f"{name} was written by anndata before 0.7 (.{axis} is one table); "
                     "read it with anndata and write it again"
                 )
-        self.num_cells = int(_index_of(handle["obs"]).shape[0])
+        self.num_cells = _length(_index_of(handle["obs"]))
         if self.num_cells == 0:
             raise SourceError(f"{name} has no cells; expected at least one row in .obs")
 
@@ -115,17 +116,22 @@ class H5adFile:
             codes_N = np.where(codes_N < 0, np.int32(-1), target[codes_N])
         return ObsColumn(codes_N, names)
 
-    def numbers(self, name: str, setting: str) -> npt.NDArray[np.float64]:
-        """Return a column as numbers; NaN where the value is missing or an empty text."""
+    def numbers(
+        self, name: str, setting: str, kept_N: npt.NDArray[np.bool_] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Return a column as numbers; NaN where the value is missing or an empty text.
+
+        Texts that are no numbers are an error in the cells under ``kept_N`` (None = all).
+        """
         column = self.column(name, setting)
-        values = np.empty(len(column.names) + 1)
-        values[-1] = np.nan
-        for i, text in enumerate(column.names):
-            if text.strip().lower() in ("", "nan", "none", "na"):
-                values[i] = np.nan
+        used = np.unique(column.codes_N if kept_N is None else column.codes_N[kept_N])
+        values = np.full(len(column.names) + 1, np.nan)
+        for code in used[used >= 0].tolist():
+            text = column.names[code].strip()
+            if text.lower() in _MISSING_TEXTS:
                 continue
             try:
-                values[i] = float(text)
+                values[code] = float(text)
             except ValueError as error:
                 raise SourceError(
                     f"{self.name}: column {name!r} ({setting}) holds {text!r}; expected numbers"
@@ -139,16 +145,15 @@ class H5adFile:
                 f"it has: {', '.join(self.columns)}. Set {setting}"
             )
         element = self._handle["obs"][name]
-        values = read_elem(element)
         if isinstance(element, h5py.Dataset) and "categories" in element.attrs:
-            # the layout of anndata 0.6 to 0.7: codes here, categories elsewhere
-            categories = read_elem(self._handle[element.attrs["categories"]])
-            return pd.Categorical.from_codes(values, categories=categories)
-        return values
+            # the layout of anndata 0.7: codes here, categories elsewhere
+            categories = self._handle[element.attrs["categories"]][:]
+            return pd.Categorical.from_codes(element[:], [_text(value) for value in categories])
+        return read_elem(element)
 
     def genes(self, location: str) -> list[str]:
         """Return the gene names that belong to a matrix."""
-        return [_text(value) for value in _index_of(self._var(location))[:]]
+        return [_text(value) for value in pd.Series(read_elem(_index_of(self._var(location))))]
 
     def ensembl_ids(self, location: str) -> list[str] | None:
         """Return Ensembl identifiers, if ``.var`` has them under a usual name."""
@@ -307,9 +312,16 @@ def _image_of(adata: AnnData) -> h5py.File:
     return handle
 
 
-def _index_of(frame: h5py.Group) -> h5py.Dataset:
+def _index_of(frame: h5py.Group) -> h5py.Dataset | h5py.Group:
     """Return the row names of a table."""
     return frame[str(frame.attrs.get("_index", "_index"))]
+
+
+def _length(element: h5py.Dataset | h5py.Group) -> int:
+    """Return the length of a column: an array, or a group of codes or values with a mask."""
+    if isinstance(element, h5py.Group):
+        element = element["codes" if "codes" in element else "values"]
+    return int(element.shape[0])
 
 
 def _listed(group: h5py.Group) -> str:

@@ -397,6 +397,46 @@ def test_columns_of_every_kind_are_read_as_text(tmp_path, kind, names):
     assert set(store.conditions["cell_type"]) == names
 
 
+def test_tables_of_older_and_newer_anndata_are_read(source, tmp_path, fingerprint):
+    path = tmp_path / "cells.h5ad"
+    path.write_bytes(source.read_bytes())
+    with h5py.File(path, "r+") as file:
+        obs, var = file["obs"], file["var"]
+        codes, categories = obs["drug/codes"][:], obs["drug/categories"][:]
+        del obs["drug"]
+        # anndata 0.7: codes in the column, categories beside the columns
+        kept = obs.create_dataset("__categories/drug", data=categories)
+        obs.create_dataset("drug", data=codes).attrs["categories"] = kept.ref
+        names = var["_index"][:]
+        del var["_index"]
+        group = var.create_group("_index")  # anndata 0.12 may write names as nullable strings
+        group.attrs.update({"encoding-type": "nullable-string-array", "encoding-version": "0.1.0"})
+        for name, values in (("values", names), ("mask", np.zeros(len(names), dtype=bool))):
+            group[name] = values
+            kind = "string-array" if name == "values" else "array"
+            group[name].attrs.update({"encoding-type": kind, "encoding-version": "0.2.0"})
+    assert make_store([path], tmp_path / "store").fingerprint == fingerprint
+
+
+def test_left_out_cells_may_lack_everything(tmp_path):
+    adata = make_adata()
+    is_out = adata.obs["qc"] == "minimal"
+    adata.obs["total"] = np.where(is_out, np.nan, 1e5)
+    adata.obs["dose"] = np.where(is_out, "unknown", "1.0")
+    adata.obs["drug"] = adata.obs["drug"].astype(object).where(~is_out)
+    adata.obs["line"] = adata.obs["line"].astype(str).where(~is_out, "")
+    adata.obs.loc[adata.obs["drug"] == "DMSO", "dose"] = "nan"
+    report = prepare(
+        settings(
+            [write(adata, tmp_path / "cells.h5ad")],
+            tmp_path / "store",
+            columns={"library": "total", "dose": "dose"},
+            where={"qc": ["full"]},
+        )
+    )
+    assert report.dropped == {"left out by where": is_out.sum()}
+
+
 @pytest.mark.parametrize(("num_cells", "in_key"), [(1_000, False), (4_000, True)])
 def test_batch_enters_the_condition_where_it_has_a_chunk_of_cells(
     source, tmp_path, num_cells, in_key
