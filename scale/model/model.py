@@ -9,7 +9,6 @@ P = principal components, D = width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -167,7 +166,7 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
         treated_BSG, treated_mask_BS = batch.treated_BSG, batch.treated_mask_BS
         if treated_BSG is None or treated_mask_BS is None:
             raise ValueError("the batch has no treated cells; call sample")
-        if self.objective.head is Head.direct and not self._has_mean:
+        if self.objective.head is Head.direct and not self.mean_G.any():
             raise ValueError(
                 "objective.head=direct starts from the mean cell; set_statistics first"
             )
@@ -254,10 +253,6 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
             state |= replicated_state(getattr(self, name), f"{prefix}{name}.")
         buffers = {"mean_G": self.mean_G, "basis_GP": self.basis_GP}
         return state | replicated_tensors(buffers, prefix)
-
-    @cached_property
-    def _has_mean(self) -> bool:
-        return bool(self.mean_G.any())
 
     # --- inside -----------------------------------------------------------------------------------
 
