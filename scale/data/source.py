@@ -148,7 +148,8 @@ class H5adFile:
         if isinstance(element, h5py.Dataset) and "categories" in element.attrs:
             # the layout of anndata 0.7: codes here, categories elsewhere
             categories = self._handle[element.attrs["categories"]][:]
-            return pd.Categorical.from_codes(element[:], [_text(value) for value in categories])
+            names = pd.Index([_text(value) for value in categories])
+            return pd.Categorical.from_codes(element[:], names)
         return read_elem(element)
 
     def genes(self, location: str) -> list[str]:
