@@ -7,6 +7,7 @@ to the log of the run (to the screen with ``SCALE_DEBUG=1``).
 """
 
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scale {package_version()}")
         return 0
     task, *rest = given
+    if task in ("-sc", "--shell-completion"):
+        return _complete(rest)
     if task not in SCHEMAS:
         return _fail("scale", f"no task {task!r}; {did_you_mean(task, list(TASKS))}")
     if any(argument in ("--help", "-h") for argument in rest):
@@ -66,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("scale", str(error))
     try:
         return _compose_and_run(task, rest)
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        return _fail(f"scale {task}", explain(error))
     except KeyboardInterrupt:
         return _fail(f"scale {task}", "interrupted", EXIT_INTERRUPTED)
 
@@ -109,21 +114,41 @@ def _compose_and_run(task: str, arguments: Sequence[str]) -> int:
         if stop.received is None or not statuses:
             statuses.append(_run_task(task, config, stop))
 
+    _call_hydra(task, arguments, job)
+    return max(statuses, default=0)
+
+
+def _call_hydra(task: str, arguments: Sequence[str], job: Callable[[DictConfig], None]) -> None:
+    """Call Hydra with arguments of our choice, which raises its errors instead of printing them."""
     register()
-    full_error = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors over instead of printing them
+    typed, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = ["scale", *arguments]
     try:
         hydra.main(config_path=str(config_dir()), config_name=task, version_base=None)(job)()
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        return _fail(f"scale {task}", explain(error))
     finally:
         sys.argv = typed
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
-    return max(statuses, default=0)
+
+
+def _complete(arguments: Sequence[str]) -> int:
+    """Answer a shell: the tasks for the first word, Hydra's choices for the others.
+
+    ``eval "$(scale -sc install=bash)"`` switches it on.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    task = words[1] if len(words) > 2 or (len(words) == 2 and line.endswith(" ")) else None
+    if arguments[:1] == ["query=bash"] and task not in SCHEMAS:
+        print(*TASKS)
+        return 0
+    if task is not None:
+        os.environ["COMP_LINE"] = line.replace(f" {task}", "", 1)
+    _call_hydra(task or "pretrain", ["-sc", *arguments], lambda _: None)
+    return 0
 
 
 def _run_task(task: str, config: DictConfig, stop: StopSignal) -> int:
@@ -169,6 +194,7 @@ def guard(call: Callable[[], int], task: str, run_dir: Path | None) -> int:
             log = _write_traceback(task, run_dir, error)
             text += "" if log is None else f" (traceback in {log})"
             _remove_if_empty(run_dir)
+        _add_to_log(text)
         return _fail(f"scale {task}", text)
     if status == EXIT_AGAIN:
         print(f"scale {task}: stopped with a checkpoint; the same command goes on", file=sys.stderr)
@@ -228,6 +254,14 @@ def _write_traceback(task: str, run_dir: Path, error: Exception) -> Path | None:
     except OSError:  # the disk is full, or the directory cannot be written
         return None
     return log
+
+
+def _add_to_log(text: str) -> None:
+    """Write the line on the screen also into the log of the run, if the task has opened one."""
+    record = logging.makeLogRecord({"levelname": "ERROR", "levelno": logging.ERROR, "msg": text})
+    for handler in logging.getLogger("scale").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 def _fail(who: str, text: str, status: int = EXIT_ERROR) -> int:

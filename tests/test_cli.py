@@ -14,9 +14,10 @@ from scale.cli import guard, main
 from scale.config import SCHEMAS, compose
 from scale.help import TASKS, overview, task_help
 from scale.overrides import check_keys
-from scale.runtime import EXIT_AGAIN, package_version
+from scale.runtime import EXIT_AGAIN, World, package_version, start_logging
 
 SCALE = [sys.executable, "-m", "scale"]
+SIZES = ("base", "large", "small", "tiny", "xl")
 GIVEN = {
     "finetune": ["start_from=runs/x"],
     "predict": ["checkpoint=runs/x", "input=cells.h5ad"],
@@ -227,9 +228,6 @@ def test_own_options_come_from_a_config_dir(capsys, tmp_path):
 
 
 def test_multirun_gives_each_job_a_directory(capsys, tmp_path):
-    status, _, err = command("predict -m checkpoint=runs/a,runs/b input=x.h5ad", capsys)
-    assert status == 1  # there are no such checkpoints
-    assert err.count("scale predict:") == 2
     status, _, _ = command("prepare -m source.num_cells=4000 seed=0,1 store='s-${seed}'", capsys)
     assert status == 0
     for seed in (0, 1):
@@ -246,6 +244,21 @@ def test_info_tells_versions_a_preset_a_store_and_a_run(capsys, toy_store_path):
     assert status == 0
     for text in ("torch", "layers", "parameters", "treated conditions", "fingerprint"):
         assert f"  {text}" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "choices"),
+    [
+        ("scale pre", sorted(SCHEMAS)),
+        ("scale pretrain model=", [f"model={size}" for size in SIZES]),
+        ("scale finetune trainer.max_", ["trainer.max_hours=", "trainer.max_steps="]),
+    ],
+)
+def test_shell_completion_knows_tasks_and_their_settings(line, choices, capsys, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", line)
+    status, out, _ = command("-sc query=bash", capsys)
+    assert status == 0
+    assert sorted(out.split()) == choices
 
 
 # --- ends ---------------------------------------------------------------------------------------
@@ -298,6 +311,17 @@ def test_errors_of_the_package_are_expected_and_those_of_libraries_keep_a_traceb
     assert "Traceback" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):
         guard(fails(KeyboardInterrupt()), "pretrain", None)
+
+
+def test_log_of_a_run_says_why_it_ended(capsys, tmp_path):
+    def call():
+        start_logging(tmp_path / "pretrain.log", World(0, 1, 0))
+        raise OSError("disk gone")
+
+    guard(call, "pretrain", tmp_path)
+    start_logging(None, World(0, 1, 0))
+    assert "ERROR disk gone" in (tmp_path / "pretrain.log").read_text()
+    assert capsys.readouterr().err == "scale pretrain: disk gone\n"
 
 
 def test_message_names_the_rank(capsys, monkeypatch):
