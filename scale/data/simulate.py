@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.sparse as sp
 
+from scale.data.tahoe import DOSE_UNIT, write_tahoe_parquet
 from scale.runtime import atomic_path
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
 CONTROL = "DMSO_TF"
 """Label of the control, as in Tahoe-100M."""
-DOSE_UNIT = "uM"
-FIRST_TOKEN = 3
-"""Gene tokens of Tahoe-100M start here; smaller ones are markers."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -213,73 +209,13 @@ class Atlas:
             temporary.write_text("\n".join(lines) + "\n")
 
     def write_tahoe_parquet(self, folder: Path, *, rows_per_file: int = 10_000) -> None:
-        """Write the cells in the schema of the Tahoe-100M rows, with its metadata tables.
-
-        ``data/*.parquet`` holds rows whose token list starts with the marker entry (1, -2);
-        ``metadata/`` holds the gene, sample, drug and cell-line tables that the rows refer to.
-        """
-        samples = self._samples()
-        for start in range(0, len(self.obs), rows_per_file):
-            stop = min(start + rows_per_file, len(self.obs))
-            with atomic_path(folder / "data" / f"train-{start // rows_per_file:05d}.parquet") as p:
-                pq.write_table(self._tahoe_rows(start, stop, samples), p)
-        tables = {
-            "gene_metadata": pd.DataFrame(
-                {
-                    "gene_symbol": self.genes,
-                    "ensembl_id": [f"ENSG{g:011d}" for g in range(len(self.genes))],
-                    "token_id": np.arange(len(self.genes)) + FIRST_TOKEN,
-                }
-            ),
-            "sample_metadata": samples[["sample", "plate", "drug", "drugname_drugconc"]],
-            "drug_metadata": pd.DataFrame(
-                {"drug": self.drugs, "moa-fine": [self._mechanism_name(d) for d in self.drugs]}
-            ),
-            "cell_line_metadata": pd.DataFrame(
-                {"cell_name": self.lines, "Cell_ID_Cellosaur": self.lines}
-            ),
+        """Write the cells in the schema of the Tahoe-100M rows, with its metadata tables."""
+        mechanism = {
+            drug: "unclear" if number < 0 else f"mechanism {number}"
+            for drug, number in zip(self.drugs, self.truth.mechanism_P.tolist(), strict=True)
         }
-        for name, table in tables.items():
-            with atomic_path(folder / "metadata" / f"{name}.parquet") as path:
-                table.to_parquet(path, index=False)
-
-    def _mechanism_name(self, drug: str) -> str:
-        mechanism = int(self.truth.mechanism_P[self.drugs.index(drug)])
-        return "unclear" if mechanism < 0 else f"mechanism {mechanism}"
-
-    def _samples(self) -> pd.DataFrame:
-        """One row per (plate, drug, dose): Tahoe's sample, the well."""
-        keys = self.obs[["plate", "drug", "dose"]].drop_duplicates().reset_index(drop=True)
-        keys["sample"] = [f"smp_{i:04d}" for i in range(len(keys))]
-        keys["drugname_drugconc"] = [
-            repr([(drug, float(dose), DOSE_UNIT)])
-            for drug, dose in zip(keys["drug"], keys["dose"], strict=True)
-        ]
-        return keys
-
-    def _tahoe_rows(self, start: int, stop: int, samples: pd.DataFrame) -> pa.Table:
-        block = self.counts[start:stop]
-        obs = self.obs.iloc[start:stop]
-        sample = obs.merge(samples, on=["plate", "drug", "dose"], how="left")["sample"]
-        genes, values = [], []
-        for a, b in zip(block.indptr[:-1], block.indptr[1:], strict=True):
-            genes.append(np.concatenate([[1], block.indices[a:b] + FIRST_TOKEN]).astype(np.int64))
-            values.append(np.concatenate([[-2.0], block.data[a:b]]).astype(np.float32))
-        return pa.table(
-            {
-                "genes": pa.array(genes, pa.list_(pa.int64())),
-                "expressions": pa.array(values, pa.list_(pa.float32())),
-                "drug": pa.array(obs["drug"]),
-                "sample": pa.array(sample),
-                "BARCODE_SUB_LIB_ID": pa.array([f"{i:09d}-lib_0001" for i in range(start, stop)]),
-                "cell_line_id": pa.array(obs["cell_line"]),
-                "moa-fine": pa.array(
-                    ["unclear" if d == CONTROL else self._mechanism_name(d) for d in obs["drug"]]
-                ),
-                "canonical_smiles": pa.nulls(stop - start, pa.string()),
-                "pubchem_cid": pa.nulls(stop - start, pa.string()),
-                "plate": pa.array(obs["plate"]),
-            }
+        write_tahoe_parquet(
+            folder, self.counts, self.obs, self.genes, mechanism, rows_per_file=rows_per_file
         )
 
 
