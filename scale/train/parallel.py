@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -119,6 +120,7 @@ def start(
         # Sends must be queued in program order; read when CUDA is first touched.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     megatron_cpu.install()
+    hook = sys.excepthook
     timeout = timedelta(seconds=config.timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world.size == 1:
@@ -137,6 +139,8 @@ def start(
             world_size=world.size,
             timeout=timeout,
         )
+    if world.size == 1:
+        sys.excepthook = hook  # torch has put "[rank0]:" before every line of a traceback
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_size,
         # Sub-groups do not inherit the timeout of the world: a hung peer stayed unnoticed.

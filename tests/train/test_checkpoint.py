@@ -160,9 +160,7 @@ def test_run_directory_is_what_it_says(saved):
 
 
 @pytest.mark.parametrize("name", ["weights/common.pt", "state.json", "weights/__0_0.distcp"])
-def test_damage_is_named_and_the_one_before_is_used(saved, tmp_path, caplog, monkeypatch, name):
-    # a run in this process has taken the package's log to its own file
-    monkeypatch.setattr(logging.getLogger("scale"), "propagate", True)
+def test_damage_is_named_and_the_one_before_is_used(saved, tmp_path, caplog, name):
     run_dir = copy_run(saved, tmp_path / "run")
     newest = run_dir / "checkpoints" / "step_00000004"
     blob = bytearray((newest / name).read_bytes())
