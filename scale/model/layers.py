@@ -30,6 +30,11 @@ from scale.runtime import derive
 NUM_MODULATIONS = 6
 """Shift, scale and gate of the attention, then of the feed-forward part."""
 
+# Of maps; rows of tables have deviation 1. At gain 1 what cells have in common drowns the
+# perturbation: two simulated screens, tiny, 500 steps, energy distance over the control copy's .72
+# and .86 at gain 1, .64 and .74 at .25, .76 on the second at .1.
+INITIAL_GAIN = 0.25
+
 
 class ConditionedLayer(TransformerLayer):  # type: ignore[misc]
     r"""Pre-norm layer whose norms and residual branches are modulated by the condition.
@@ -220,8 +225,8 @@ def initialise_by_name(model: nn.Module, seed: int, num_layers: dict[str, int]) 
     """Draw every matrix from a generator of its own, keyed by (seed, name).
 
     The whole matrix is drawn and then cut, so that every layout of ranks starts from the same
-    weights. Matrices have standard deviation 1 / sqrt(inputs); output projections of a stack of L
-    layers are divided by sqrt(2 L), so that a deep stack starts with unit growth.
+    weights. Matrices have standard deviation .25 / sqrt(inputs); output projections of a stack of
+    L layers are divided by sqrt(2 L), so that depth does not add to the growth.
 
     Parameters
     ----------
@@ -237,14 +242,14 @@ def initialise_by_name(model: nn.Module, seed: int, num_layers: dict[str, int]) 
             continue
         deviation = getattr(parameter, "initial_deviation", None)
         if deviation is None:
-            deviation = 1.0 / math.sqrt(_inputs(name, parameter))
+            deviation = INITIAL_GAIN / math.sqrt(_inputs(parameter))
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             layers = next(n for prefix, n in num_layers.items() if name.startswith(prefix))
             deviation /= math.sqrt(2 * layers)
         parameter.copy_(draw_by_name(name, parameter, seed).mul_(deviation))
 
 
-def _inputs(name: str, parameter: nn.Parameter) -> int:
+def _inputs(parameter: nn.Parameter) -> int:
     """Return the inputs of a map [outputs, inputs], or of one per patch [T, inputs, width]."""
     size = int(parameter.shape[1])
     is_cut = getattr(parameter, "tensor_model_parallel", False)

@@ -156,11 +156,13 @@ def test_initial_deviations():
     model = build(sizes(hidden_size=64, num_heads=4, ffn_hidden_size=256, num_layers=8))
     deviation = {n: p.std().item() for n, p in model.named_parameters() if p.numel() > 2000}
     layer = "blocks.stack.layers.3."
-    assert deviation[layer + "self_attention.linear_qkv.weight"] == pytest.approx(1 / 8, rel=0.05)
-    assert deviation[layer + "mlp.linear_fc1.weight"] == pytest.approx(1 / 8, rel=0.05)
+    assert deviation[layer + "self_attention.linear_qkv.weight"] == pytest.approx(1 / 32, rel=0.05)
+    assert deviation[layer + "mlp.linear_fc1.weight"] == pytest.approx(1 / 32, rel=0.05)
     # output projections: divided by sqrt(2 L) = 4
-    assert deviation[layer + "self_attention.linear_proj.weight"] == pytest.approx(1 / 32, rel=0.05)
-    assert deviation[layer + "mlp.linear_fc2.weight"] == pytest.approx(1 / 64, rel=0.05)
+    projection = deviation[layer + "self_attention.linear_proj.weight"]
+    assert projection == pytest.approx(1 / 128, rel=0.05)
+    assert deviation[layer + "mlp.linear_fc2.weight"] == pytest.approx(1 / 256, rel=0.05)
+    assert deviation["condition.key.weight"] == pytest.approx(1 / 32, rel=0.05)
     assert deviation["condition.modulation.weight"] == 0
 
 
