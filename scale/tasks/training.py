@@ -126,6 +126,7 @@ def _train(
             "device": str(layout.device),
             "seed": config.trainer.seed,
             "store_fingerprint": data.store.fingerprint,
+            "split_sha256": data.train_plan.fields["split_sha256"],
             "resumed_from": None if checkpoint is None else checkpoint.name,
         },
     )

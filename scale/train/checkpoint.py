@@ -11,6 +11,7 @@ No random state is kept: every draw of data and model is a function of the seed 
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -78,7 +79,7 @@ def save_checkpoint(
     CheckpointError
         If a rank could not write; what was there before is untouched.
     """
-    layout = engine.layout
+    layout, started = engine.layout, time.monotonic()
     partial = run_dir / "checkpoints" / (files.checkpoint_name(state.step) + ".partial")
     if layout.is_writer:
         partial = files.start_partial(run_dir, state.step)
@@ -111,6 +112,7 @@ def save_checkpoint(
             },
         )
         final = files.finish_partial(partial, keep_last=keep_last)
+        logger.info("saved %s in %.1f s", final.name, time.monotonic() - started)
     dist.barrier()
     return final
 

@@ -1,8 +1,11 @@
 """Finetuning: names are appended, what was learned stays, settings that contradict are refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from ranks import RankContext, run_ranks
 from training_runs import SETTINGS, pretrain, read_metrics
 
 from scale.config import compose
@@ -107,3 +110,35 @@ def test_contradictions_are_refused(pretrained, toy_store_path, tmp_path):
         finetune(tmp_path / "sum", pretrained, toy_store_path, "data.target_sum=5000")
     assert not torch.distributed.is_initialized()
     assert newest_checkpoint(tmp_path / "sum") is None
+
+
+def loss_of_extended(context: RankContext, tensor_size: int, source: str, store: str):
+    """Loss of a model whose vocabulary grew, on validation-like batches of the store."""
+    from scale.config import DataConfig
+    from scale.data.module import training_conditions
+    from scale.data.store import CellSetStore
+    from scale.data.vocabulary import extend_vocabulary
+    from scale.tasks.finetune import _take_weights
+    from scale.tasks.training import build_model, open_data
+
+    with context.layout(tensor_size=tensor_size) as layout:
+        record, old = read_record(Path(source))
+        config = DataConfig(store=store)
+        opened = CellSetStore.open(store)
+        new = extend_vocabulary(old, opened, training_conditions(opened, config))
+        data = open_data(config, record.model, layout, seed=0, vocabulary=new)
+        model = build_model(record, new, layout, seed=1)
+        _take_weights(model, Path(source), old, record, layout)
+        model.eval()
+        batch = next(data.train_batches(consumed_sets=0, sets_per_batch=8))[0]
+        with torch.no_grad():
+            loss = float(model(batch).total)
+        data.close()
+        opened.close()
+        return loss
+
+
+def test_weights_move_the_same_on_shared_blocks(pretrained, toy_store_path, tmp_path):
+    arguments = (str(pretrained / "export"), str(toy_store_path))
+    alone = run_ranks(loss_of_extended, 1, tmp_path, 1, *arguments)
+    assert run_ranks(loss_of_extended, 2, tmp_path, 2, *arguments) == pytest.approx(alone * 2)
