@@ -11,14 +11,13 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from time import time
+from time import monotonic
 from typing import Any
-
-import psutil
 
 from scale.config import DemoConfig, compose, to_yaml
 from scale.data.simulate import CONTROL, SimulationConfig, simulate
 from scale.runtime import (
+    PROCESS_STARTED,
     RunRecord,
     StopSignal,
     World,
@@ -76,7 +75,7 @@ def run(config: DemoConfig, stop: StopSignal) -> int:
         if (status := step()) != 0:
             record.close(f"stopped in {title}")
             return status
-    summary = _summary(run_dir, time() - psutil.Process().create_time())
+    summary = _summary(run_dir, monotonic() - PROCESS_STARTED)
     write_json(run_dir / "summary.json", summary)
     record.close("done")
     print(f"\nsummary: {run_dir / 'summary.json'}")
