@@ -101,6 +101,8 @@ def read_table(adata: AnnData, name: str, keys: Keys, genes: Sequence[str] | Non
     ValueError
         For each row of the table of bad inputs that concerns one file.
     """
+    if adata.n_obs == 0:
+        raise ValueError(f"{name}: holds no cells; expected at least one condition")
     columns = {"perturbation": keys.perturbation, "cell type": keys.cell_type}
     if keys.unit is not None:
         columns["unit"] = keys.unit

@@ -17,6 +17,8 @@ from scale.evaluate.sides import Control, Side, make_control, side_of_cells
 from scale.evaluate.training import InputControl, Training
 from scale.runtime import derive, mix64_array
 
+_NOISE_CELLS, _NOISE_DRAWS = 400, 20
+
 
 def keyed_order(count: int, seed: int, *names: str) -> Rows:
     """Return a permutation of ``count`` positions: a pure function of seed and names."""
@@ -146,6 +148,7 @@ def make_context(
         reference_mean_G=training.reference_mean_G(name),
         reference_delta_G=training.reference_delta_G,
         control_energy_P=np.array(energy),
+        energy_noise=_energy_noise(input_control, int(np.median(side.num_P)), settings, name),
     )
     return Context(
         name=name,
@@ -159,6 +162,17 @@ def make_context(
         facts=facts,
         num_significant_P=significant_P,
     )
+
+
+def _energy_noise(control: Control, size: int, settings: Settings, name: str) -> float:
+    """Standard deviation of the energy distance of ``size`` control cells to the other ones."""
+    points = control.points[:_NOISE_CELLS]
+    size = max(2, min(size, len(points) // 2))
+    found = []
+    for draw in range(_NOISE_DRAWS):
+        order = keyed_order(len(points), settings.seed, "energy noise", name, str(draw))
+        found.append(energy_distance(points[order[:size]], points[order[size:]]))
+    return float(np.std(found))
 
 
 def input_of(table: CellTable, rows: Rows) -> InputControl:

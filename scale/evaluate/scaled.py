@@ -70,11 +70,17 @@ def add_scaled(
     """
     means = context_means(scores)
     scales = {metric: _scale(metric, table, means, splits, baselines) for metric in METRICS}
+    most = table.groupby("metric")["num_conditions"].max().to_dict()
     values, reasons = [], []
-    for method, form, metric in zip(table["method"], table["form"], table["metric"], strict=True):
+    for method, form, metric, count in zip(
+        *(table[name] for name in ("method", "form", "metric", "num_conditions")), strict=True
+    ):
         scale = scales[metric]
         values.append(_NAN)
         reasons.append(scale.reason)
+        if not scale.reason and count < most[metric]:
+            reasons[-1] = f"covers {count} of {most[metric]} conditions"
+            continue
         low, room = scale.low_by_context, scale.room_by_context
         if low is not None and room is not None and method != CEILING:
             own = means[(method, form, metric)]

@@ -51,6 +51,8 @@ class Facts:
         training cells.
     control_energy_P
         Energy distance of input control cells to the observed cells.
+    energy_noise
+        Standard deviation of that distance where there is no effect.
     """
 
     labels: tuple[str, ...]
@@ -60,6 +62,7 @@ class Facts:
     reference_mean_G: Floats | None
     reference_delta_G: Floats | None
     control_energy_P: Floats
+    energy_noise: float
 
     def take(self, places: Sequence[int]) -> Facts:
         """Return the facts of some of the conditions."""
@@ -135,15 +138,19 @@ def _mse_normalized(predicted: Side, observed: Side) -> Floats:
         own_P = predicted.cells.variance_PG.mean(axis=1) / predicted.num_P
     error_P = metrics.mean_squared_error(predicted.mean_PG, observed.mean_PG)
     effect_P = metrics.mean_squared_error(observed.mean_PG, observed.control.mean_G[None])
-    control_noise = observed.control.variance_G.mean() / observed.control.num_cells
+    control_G = observed.control.variance_G / observed.control.num_cells
     numerator = float((error_P - noise_P - np.minimum(own_P, noise_P)).sum())
-    denominator = float((effect_P - noise_P - control_noise).sum())
-    return _ratio(numerator, denominator, len(error_P))
+    denominator = float((effect_P - noise_P - control_G.mean()).sum())
+    # sd of a sum of squares of G independent normals of these variances, over conditions
+    total_PG = observed.cells.variance_PG / observed.num_P[:, None] + control_G
+    sd = float(np.sqrt(2.0 * (total_PG**2).sum())) / total_PG.shape[1]
+    return _ratio(numerator, denominator, len(error_P), sd)
 
 
-def _ratio(numerator: float, denominator: float, count: int) -> Floats:
-    """One number of the context, repeated for every condition; NaN without a denominator."""
-    return np.full(count, numerator / denominator if denominator > 0 else np.nan)
+def _ratio(numerator: float, denominator: float, count: int, noise: float = 0.0) -> Floats:
+    """One number of the context, repeated; NaN if the denominator is not 3 sd above its noise."""
+    defined = denominator > 3.0 * noise
+    return np.full(count, numerator / denominator if defined else np.nan)
 
 
 def _residual(scores: Scores, predicted: Side, observed: Side, facts: Facts) -> None:
@@ -226,7 +233,9 @@ def _distribution(
         ]
     )
     scores.add("energy_distance", energy_P, f"{PREDICTION}: fewer than 2 cells")
-    ratio_P = _ratio(float(energy_P.sum()), float(facts.control_energy_P.sum()), len(energy_P))
+    noise = facts.energy_noise * len(energy_P) ** 0.5
+    effect = float(facts.control_energy_P.sum())
+    ratio_P = _ratio(float(energy_P.sum()), effect, len(energy_P), noise)
     scores.add("energy_ratio", ratio_P, f"{DATA}: no effect in this context")
     chosen_PG = (predicted.mean_PG > _EXPRESSED) & (observed.mean_PG > _EXPRESSED)
     chosen_PG &= (truth.variance_PG > 0) & (ours.variance_PG > 0)

@@ -142,6 +142,12 @@ def test_values_that_are_no_logs_are_an_error(pair):
         evaluate(with_values(predicted, predicted.X.expm1()), observed)
 
 
+def test_no_cells_are_an_error(pair):
+    observed, predicted = pair
+    with pytest.raises(ValueError, match="observed: holds no cells"):
+        evaluate(predicted, observed[:0].copy())
+
+
 def test_zeros_only_are_an_error(pair):
     observed, predicted = pair
     empty = sp.csr_matrix(predicted.shape, dtype=np.float32)

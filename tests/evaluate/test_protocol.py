@@ -232,6 +232,8 @@ def test_what_the_data_cannot_carry_is_left_out_for_all():
     assert set(rows["method"]) == {"model", "replicate", "control_copy", "perturbation_mean"}
     assert rows["value"].isna().all()
     assert (rows["reason"] == "data: fewer than 10 significant genes").all()
+    for metric in ("energy_ratio", "mse_normalized"):  # no denominator above its noise
+        assert evaluation.scores.query(f"metric == '{metric}'")["value"].isna().all()
     counted = evaluation.aggregate.query("metric == 'overlap_at_N' and method == 'model'").iloc[0]
     assert counted["num_undefined_observed"] == 3
     assert counted["num_conditions"] == 0
@@ -457,6 +459,9 @@ def test_scaled_scores_by_hand():
     assert found.loc[("additive", "mean"), "scaled"] == pytest.approx(0)
     assert found.loc[("model", "cells"), "baseline_form"] == "mean"
     assert found.loc[("model", "cells"), "ceiling_sd"] == pytest.approx(0.2 / np.sqrt(2))
+    half = table[(table["method"] != "model") | (table["unit"] == "u")]
+    few = add_scaled(aggregate(half), half, splits, ["additive"]).set_index(["method", "form"])
+    assert few.loc[("model", "cells"), "scaled_reason"] == "covers 1 of 2 conditions"
     splits["value"] = [1.0, 3.0, 2.0, 4.0]
     found = add_scaled(aggregate(table), table, splits, ["additive"])
     assert found["scaled"].isna().all()
