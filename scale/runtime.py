@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROCESS_STARTED = time.monotonic()
-"""When this module was loaded, before any heavy library (a shell's ``exec`` keeps the shell's age)."""
+"""When this module was loaded; not the age of the process, which a shell's ``exec`` hands on."""
 EXIT_ERROR = 1
 EXIT_AGAIN = 75
 """Stopped on request with a checkpoint written: start me again (EX_TEMPFAIL of sysexits.h)."""
