@@ -17,6 +17,7 @@ from typing import Any
 from scale.config import DemoConfig, compose, to_yaml
 from scale.data.simulate import CONTROL, SimulationConfig, simulate
 from scale.runtime import (
+    EXIT_AGAIN,
     PROCESS_STARTED,
     RunRecord,
     StopSignal,
@@ -72,6 +73,9 @@ def run(config: DemoConfig, stop: StopSignal) -> int:
     ]
     for title, step in steps:
         _heading(title)
+        if stop.received is not None:
+            record.close(f"stopped: {stop.received}")
+            return EXIT_AGAIN
         if (status := step()) != 0:
             record.close(f"stopped in {title}")
             return status

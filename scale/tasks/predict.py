@@ -29,6 +29,9 @@ def run(config: PredictConfig) -> int:
     output = Path(config.output) if config.output else run_dir / "predicted.h5ad"
     if output.exists() and not config.overwrite:
         raise FileExistsError(f"{output} exists; give another name=, or overwrite=true")
+    for file in (config.input, config.conditions):
+        if file is not None and not Path(file).is_file():
+            raise FileNotFoundError(f"no file {file}")
     start_logging(run_dir / "predict.log", World(0, 1, 0))
     (run_dir / "config.yaml").write_text(to_yaml(config))
     record = RunRecord(run_dir, World(0, 1, 0), {"checkpoint": config.checkpoint})

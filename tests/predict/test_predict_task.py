@@ -109,7 +109,7 @@ def test_an_existing_prediction_is_not_overwritten(run_dir, toy_store_path, tmp_
         (["checkpoint={run}", "store=nowhere"], ValueError, "nowhere is no store"),
         (["checkpoint={run}", "store={store}", "part=val"], ValueError, "no val conditions"),
         (["checkpoint={run}"], ValueError, "give either input .* or store"),
-        (["checkpoint={run}", "input=nowhere.h5ad"], FileNotFoundError, "nowhere.h5ad"),
+        (["checkpoint={run}", "input=nowhere.h5ad"], FileNotFoundError, "no file nowhere.h5ad"),
     ],
 )
 def test_what_is_missing_is_named(run_dir, toy_store_path, tmp_path, settings, error, message):
