@@ -16,6 +16,9 @@ from scale.types import Condition, Perturbation
 
 torch.set_num_threads(1)
 
+# Run by the Python of another environment, which has cell-eval.
+collect_ignore = ["evaluate/run_cell_eval.py"]
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
