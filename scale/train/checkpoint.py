@@ -284,7 +284,7 @@ def load_for_prediction(path: Path, device: torch.device) -> LoadedModel:
     source = find_weights(path)
     record, vocabulary = read_record(source)
     whole = read_average(source)
-    parallel.start(ParallelConfig(), World(0, 1, 0), seed=0, device=device)
+    parallel.start(ParallelConfig(), World(0, 1, 0), seed=0, device=device, is_training=False)
     # bf16 arithmetic is slower than fp32 on most CPUs, and never more exact.
     precision = record.precision if device.type == "cuda" else Precision.fp32
     model = ScaleModel(record.model, record.objective, vocabulary, seed=0, precision=precision)

@@ -39,6 +39,9 @@ ITEMS: dict[str, str] = {
 }
 """Name of an item and why Megatron-core needs it."""
 
+FOR_STEPS = frozenset({"literals", "type_strings"})
+"""Items that a forward pass does without."""
+
 _undo: list[Callable[[], None]] = []
 _entered = threading.local()
 
@@ -63,7 +66,7 @@ def install(skip: frozenset[str] = frozenset()) -> None:
             _replace_generator()
         _undo.append(lambda: None)  # marks the process as done even if everything is skipped
     # Function modes belong to a thread: a thread that trains enters its own, once.
-    if getattr(_entered, "mode", None) is None and not {"literals", "type_strings"} <= skip:
+    if getattr(_entered, "mode", None) is None and not skip >= FOR_STEPS:
         mode = _CpuMode(literals="literals" not in skip, type_strings="type_strings" not in skip)
         mode.__enter__()  # type: ignore[no-untyped-call]
         _entered.mode = mode

@@ -80,6 +80,7 @@ def start(
     seed: int,
     device: torch.device,
     rendezvous: str = "env://",
+    is_training: bool = True,
 ) -> Layout:
     """Join the process groups and seed Megatron's generators.
 
@@ -99,6 +100,9 @@ def start(
     rendezvous
         Where several ranks meet: ``env://`` (torchrun, srun) or ``file:///path``. A process that
         is alone opens no port.
+    is_training
+        False leaves out what only steps need: without CUDA, a mode that changes what some calls of
+        torch answer in this thread, and that somebody who only predicts should not see.
 
     Raises
     ------
@@ -114,33 +118,19 @@ def start(
                 f"this process runs {running.describe()}; it cannot also run {world.size} ranks "
                 f"with parallel.tensor_model_parallel_size={tensor_size}"
             )
-        _started.append(running)
-        return running
+    elif world.size > 1 and rendezvous == "env://" and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"{world.size} ranks, but MASTER_ADDR and MASTER_PORT are not set; start them with "
+            "torchrun, or export both in the batch script"
+        )
+    megatron_cpu.install(frozenset() if is_training else megatron_cpu.FOR_STEPS)
+    if _started:
+        _started.append(_started[-1])
+        return _started[-1]
     if tensor_size > 1:
         # Sends must be queued in program order; read when CUDA is first touched.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    megatron_cpu.install()
-    hook = sys.excepthook
-    timeout = timedelta(seconds=config.timeout_seconds)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if world.size == 1:
-        # TransformerBlock refuses to run without a group; a HashStore needs no port.
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        if rendezvous == "env://" and "MASTER_ADDR" not in os.environ:
-            raise ValueError(
-                f"{world.size} ranks, but MASTER_ADDR and MASTER_PORT are not set; start them with "
-                "torchrun, or export both in the batch script"
-            )
-        dist.init_process_group(
-            backend,
-            init_method=rendezvous,
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timeout,
-        )
-    if world.size == 1:
-        sys.excepthook = hook  # torch has put "[rank0]:" before every line of a traceback
+    _join(config, world, device, rendezvous)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_size,
         # Sub-groups do not inherit the timeout of the world: a hung peer stayed unnoticed.
@@ -159,6 +149,25 @@ def start(
     )
     _started.append(layout)
     return layout
+
+
+def _join(config: ParallelConfig, world: World, device: torch.device, rendezvous: str) -> None:
+    """Make the group of all ranks."""
+    timeout = timedelta(seconds=config.timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world.size > 1:
+        dist.init_process_group(
+            backend,
+            init_method=rendezvous,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+        )
+        return
+    hook = sys.excepthook
+    # TransformerBlock refuses to run without a group; a HashStore needs no port.
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    sys.excepthook = hook  # torch puts "[rank0]:" before every line of a traceback
 
 
 def stop() -> None:

@@ -83,14 +83,30 @@ def test_rate_is_a_third_and_frozen_encoder_stays(pretrained, toy_store_path, tm
     assert any(n.startswith("readout.") for n in changed)
 
 
-def test_replaced_genes_are_those_of_the_store(pretrained, tmp_path):
-    from conftest import write_toy_store
-
+def write_store(path, conditions, genes):
+    from scale.config import Codec
     from scale.data.genes import GeneVocabulary
+    from scale.data.store_writer import StoreWriter
 
+    with StoreWriter(
+        path,
+        genes=GeneVocabulary(tuple(genes)),
+        columns={"perturbation": "drug", "cell_type": "cell_line", "batch": "plate"},
+        control="DMSO",
+        codec=Codec.zstd,
+        shard_bytes=1 << 20,
+        provenance={},
+        library={"over": "all", "num_genes": 70},
+    ) as writer:
+        for condition, label, counts, library in conditions:
+            writer.add(condition, label, counts, library)
+    return path
+
+
+def test_replaced_genes_are_those_of_the_store(pretrained, toy_conditions, tmp_path):
     names = [f"gene{g:02d}" for g in range(60)]
     names[7] = "fresh"
-    store = write_toy_store(tmp_path / "store", genes=GeneVocabulary(tuple(names)))
+    store = write_store(tmp_path / "store", toy_conditions, names)
     run_dir = tmp_path / "genes"
     assert finetune(run_dir, pretrained, store, "replace_genes=true", "optimizer.lr=1e-30") == 0
     assert read_record(run_dir / "export")[1].genes == tuple(names)

@@ -207,6 +207,18 @@ def test_missing_store_leaves_no_group_behind(tmp_path):
     assert not torch.distributed.is_initialized()
 
 
+def test_loaded_model_leaves_torch_as_it_was(uninterrupted):
+    from scale.train.checkpoint import load_for_prediction
+
+    loaded = load_for_prediction(uninterrupted, torch.device("cpu"))
+    assert loaded.step == 12
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    for source in (uninterrupted / "export", uninterrupted / "checkpoints" / "step_00000012"):
+        again = load_for_prediction(source, torch.device("cpu"))
+        for name, weight in loaded.model.named_parameters():
+            assert torch.equal(weight, again.model.get_parameter(name))
+
+
 def test_validation_is_what_it_says(uninterrupted, toy_store_path):
     """The streamed scores equal those of all sets at once, on val conditions only."""
     from training_runs import config
