@@ -137,6 +137,7 @@ def _training_settings(store: Path, split: Path, steps: int, seed: int) -> list[
         "trainer.log_every_steps=50",
         f"validation.every_steps={max(1, steps // 4)}",
         f"checkpoint.every_steps={max(1, steps // 2)}",
+        f"optimizer.warmup_steps={max(1, min(50, steps // 5))}",
         "optimizer.ema_decay=0.99",
     ]
 

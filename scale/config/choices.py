@@ -1,0 +1,137 @@
+"""Settings with a fixed list of values."""
+
+from enum import Enum
+
+
+class SourceFormat(Enum):
+    """What ``prepare`` reads."""
+
+    synthetic = "synthetic"
+    h5ad = "h5ad"
+
+
+class GeneChoice(Enum):
+    """Which genes a store keeps."""
+
+    hvg = "hvg"
+    all = "all"
+    list = "list"
+
+
+class CountsPolicy(Enum):
+    """What to do where a matrix holds no counts."""
+
+    require = "require"
+    recover = "recover"
+
+
+class ConditionBy(Enum):
+    """Whether the batch is part of the key of a treated condition."""
+
+    auto = "auto"
+    batch = "batch"
+    perturbation = "perturbation"
+
+
+class Codec(Enum):
+    """Compression of treated chunks."""
+
+    zstd = "zstd"
+    none = "none"
+
+
+class Backend(Enum):
+    """Who provides the layers."""
+
+    auto = "auto"
+    local = "local"
+    te = "te"
+
+
+class Unknown(Enum):
+    """What to do with names in a split that are not in the data."""
+
+    error = "error"
+    warn = "warn"
+
+
+class HeldoutControls(Enum):
+    """Whether controls of held-out contexts are seen in training."""
+
+    shared = "shared"
+    excluded = "excluded"
+
+
+class Weighting(Enum):
+    """How often a condition is drawn: by its cells, their square root, or equally."""
+
+    cells = "cells"
+    sqrt = "sqrt"
+    conditions = "conditions"
+
+
+class MatchBatch(Enum):
+    """Whether controls come from the batch of the treated cells."""
+
+    prefer = "prefer"
+    require = "require"
+    ignore = "ignore"
+
+
+class ShortSets(Enum):
+    """How a condition with fewer cells than a set is served."""
+
+    mask = "mask"
+    repeat = "repeat"
+
+
+class Head(Enum):
+    """What the endpoint is added to."""
+
+    residual = "residual"
+    direct = "direct"
+
+
+class Pairing(Enum):
+    """How control and treated cells of a set are paired."""
+
+    ot = "ot"
+    random = "random"
+
+
+class TimeLaw(Enum):
+    """Distribution of the path time of a set."""
+
+    mix = "mix"
+    uniform = "uniform"
+    zero = "zero"
+
+
+class Precision(Enum):
+    """Number format of the blocks; losses and master weights are fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(Enum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class WandbMode(Enum):
+    """Whether metrics also go to Weights & Biases."""
+
+    none = "none"
+    offline = "offline"
+    online = "online"
+
+
+class Profile(Enum):
+    """Rules of the evaluation."""
+
+    strict = "strict"
+    cell_eval = "cell_eval"
