@@ -5,6 +5,7 @@ Apart from the predictor because it knows AnnData's layout on disk and nothing o
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,51 @@ class Block:
     obs: pd.DataFrame
 
 
+class _FileThatMayFail(io.FileIO):
+    """A file that remembers its first failed write and takes all later ones without effect.
+
+    HDF5 cannot close a file on a full disk: it fails again in every flush and ends the process with
+    a fault. Here it closes a file that will be thrown away, and the error is raised afterwards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``, which one call of the system may do in part."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while len(rest) and self.error is None:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size of the file."""
+        if self.error is None:
+            try:
+                return super().truncate(size)
+            except OSError as error:
+                self.error = error
+        return size or 0
+
+    def check(self) -> None:
+        """Raise what went wrong."""
+        if self.error is not None:
+            raise self.error
+
+
 class H5adWriter:
-    """An h5ad whose cells are appended block by block."""
+    """An h5ad whose cells are appended block by block.
+
+    Raises
+    ------
+    OSError
+        From any method, if the disk is full.
+    """
 
     def __init__(self, path: Path, genes: Sequence[str]) -> None:
         self._path = path
@@ -34,11 +78,15 @@ class H5adWriter:
         self.num_cells = 0
 
     def __enter__(self) -> Self:
-        self._file = h5py.File(self._path, "w")
+        self._disk = _FileThatMayFail(self._path)
+        self._file = h5py.File(self._disk, "w")
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._file.close()
+        self._disk.close()
+        if kind is None:
+            self._disk.check()
 
     def append(self, block: Block) -> None:
         """Write the values of a block; its obs is kept until the end."""
@@ -48,6 +96,7 @@ class H5adWriter:
             sparse_dataset(self._file["X"]).append(block.values)
         self._obs.append(block.obs)
         self.num_cells += len(block.obs)
+        self._disk.check()
 
     def finish(
         self, rename: Callable[[pd.DataFrame], pd.DataFrame], provenance: dict[str, Any]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -144,6 +145,9 @@ def save_weights(folder: Path, engine: Engine) -> None:
             str(folder),
             sharded_strategy=_InProcessSave("torch_dist", 1),
         )
+    except CheckpointException as error:  # torch's, with the failure of each rank
+        causes = "; ".join(f"rank {r}: {cause}" for r, (cause, _) in error.failures.items())
+        raise CheckpointError(f"{folder.parent.name} could not be written: {causes}") from error
     except (CheckpointingException, OSError) as error:
         raise CheckpointError(f"{folder.parent.name} could not be written: {error}") from error
 
