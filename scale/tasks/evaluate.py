@@ -23,6 +23,7 @@ from scale.evaluate.protocol import run_protocol
 from scale.evaluate.report import Report
 from scale.plot.curves import read_metrics
 from scale.runtime import RunRecord, World, start_logging
+from scale.tasks.held_out import held_out
 
 logger = logging.getLogger(__name__)
 
@@ -181,30 +182,21 @@ def _keys(config: EvaluateConfig, store: CellSetStore | None) -> dict[str, str]:
     return {name: str(value) for name, value in known.items()}
 
 
-def _parts(store: CellSetStore, split: Split) -> np.ndarray:
-    return np.asarray(split.assign(store.conditions, store.perturbations, labels=store.labels))
-
-
 def _held_out(store: CellSetStore, split: Split, part: str, target_sum: float) -> AnnData:
     """Observed cells of the part, with the controls of their cell types."""
-    is_control = store.conditions["is_control"].to_numpy(dtype=bool)
-    treated = (_parts(store, split) == part) & ~is_control
-    if not treated.any():
-        raise ValueError(f"the split has no {part} conditions in {store.path}")
-    contexts = set(store.conditions.loc[treated, "cell_type"])
-    controls = is_control & store.conditions["cell_type"].isin(contexts).to_numpy()
-    wanted = store.conditions.index[treated | controls]
+    held = held_out(store, split, part)
     logger.info(
         "%d %s conditions of %d cell types, %d control conditions",
-        *(int(treated.sum()), part, len(contexts), int(controls.sum())),
+        *(len(held.treated), part, held.num_cell_types, len(held.controls)),
     )
-    return _normalised(store.to_anndata([int(i) for i in wanted]), target_sum)
+    return _normalised(store.to_anndata(sorted(held.treated + held.controls)), target_sum)
 
 
 def _training(store: CellSetStore, split: Split, target_sum: float) -> AnnData:
     """Training cells and the controls of all cell types, for the baselines."""
     is_control = store.conditions["is_control"].to_numpy(dtype=bool)
-    table = store.conditions[(_parts(store, split) == "train") | is_control]
+    part = split.assign(store.conditions, store.perturbations, labels=store.labels)
+    table = store.conditions[(part == "train") | is_control]
     most = None
     if int(table["num_cells"].sum()) > MOST_TRAINING_CELLS:
         most = max(FEWEST_OF_CONDITION, MOST_TRAINING_CELLS // len(table))

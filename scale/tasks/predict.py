@@ -5,8 +5,7 @@ scale predict checkpoint=runs/mine store=data/mine
 """
 
 import logging
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import anndata as ad
@@ -18,6 +17,8 @@ from scale.data.store import CellSetStore
 from scale.predict.predictor import Predictor, load
 from scale.predict.query import QueryKeys, Request
 from scale.runtime import RunRecord, World, start_logging
+from scale.tasks.held_out import held_out
+from scale.tasks.progress import CellProgress
 from scale.types import Perturbation
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def run(config: PredictConfig) -> int:
         guidance=config.guidance,
         sets_per_batch=config.sets_per_batch,
         seed=config.seed,
-        progress=_Progress(),
+        progress=partial(CellProgress(), "predict"),
     )
     record.close("done", num_cells=num_cells)
     print(f"{num_cells:,} cells written to {output}")
@@ -73,25 +74,21 @@ def _held_out(config: PredictConfig) -> tuple[ad.AnnData, list[Request]]:
     """Controls of a store, and one request per condition of the split's part."""
     store = CellSetStore.open(str(config.store))
     split = Split.read(_split_file(config))
-    part = split.assign(store.conditions, store.perturbations, labels=store.labels)
-    wanted = store.conditions[(part == config.part) & ~store.conditions["is_control"].to_numpy()]
-    if wanted.empty:
-        raise ValueError(f"the split has no {config.part} conditions in {store.path}")
-    contexts = set(wanted["cell_type"])
-    controls = store.conditions[
-        store.conditions["is_control"] & store.conditions["cell_type"].isin(contexts)
-    ]
-    requests = [
-        Request(
-            row.cell_type,
-            row.batch,
-            store.perturbations[row.perturbation],
-            store.labels[row.perturbation],
-            config.cells_per_condition or row.num_cells,
+    held = held_out(store, split, config.part)
+    table, requests = store.conditions.loc[held.treated], []
+    columns = (held.treated, table["perturbation"].tolist(), table["num_cells"].tolist())
+    for number, perturbation, num_cells in zip(*columns, strict=True):
+        condition = store.condition(number)
+        requests.append(
+            Request(
+                condition.cell_type,
+                condition.batch,
+                condition.perturbation,
+                store.labels[perturbation],
+                config.cells_per_condition or num_cells,
+            )
         )
-        for row in wanted.itertuples()
-    ]
-    return store.to_anndata([int(i) for i in controls.index]), requests
+    return store.to_anndata(held.controls), requests
 
 
 def _split_file(config: PredictConfig) -> Path:
@@ -131,22 +128,3 @@ def _listed(config: PredictConfig, predictor: Predictor) -> list[Request] | None
         size = config.cells_per_condition or int(row["num_cells"])
         requests.append(Request(row["cell_type"], None, perturbation, row["perturbation"], size))
     return requests
-
-
-class _Progress:
-    """A line that moves on a terminal; one line per ten seconds in a log."""
-
-    def __init__(self) -> None:
-        self._started = self._shown = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if done < total and now - self._shown < (0.5 if terminal else 10.0):
-            return
-        self._shown = now
-        rate = done / max(now - self._started, 1e-9)
-        text = f"{done:,}/{total:,} cells | {rate:,.0f} cells/s"
-        if terminal:
-            print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        else:
-            logger.info("%s", text)

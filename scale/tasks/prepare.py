@@ -6,17 +6,13 @@ scale prepare source=h5ad source.files=cells.h5ad store=data/mine columns.pertur
 scale prepare verify=data/mine                           # check every byte of a store, and stop
 """
 
-import logging
-import sys
-import time
 from pathlib import Path
 
 from scale.config import PrepareConfig, to_yaml
 from scale.data.prepare import prepare
 from scale.data.store import CellSetStore
 from scale.runtime import RunRecord, World, start_logging
-
-logger = logging.getLogger(__name__)
+from scale.tasks.progress import CellProgress
 
 
 def run(config: PrepareConfig) -> int:
@@ -27,7 +23,7 @@ def run(config: PrepareConfig) -> int:
     start_logging(run_dir / "prepare.log", World(0, 1, 0))
     (run_dir / "config.yaml").write_text(to_yaml(config))
     record = RunRecord(run_dir, World(0, 1, 0), {"store": config.store, "seed": config.seed})
-    report = prepare(config, progress=_Progress())
+    report = prepare(config, progress=CellProgress())
     with CellSetStore.open(report.path) as store:
         record.close("done", num_cells=report.num_cells, store_fingerprint=store.fingerprint)
     print(report.table())
@@ -44,28 +40,3 @@ def _verify(path: Path) -> int:
         f"{path}: {size:,} bytes in {len(files):,} files and {len(store.chunks):,} chunks are whole"
     )
     return 0
-
-
-class _Progress:
-    """A line that moves on a terminal; one line per ten seconds in a log."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._started = self._shown = time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if what != self._what:
-            self._what, self._started = what, now
-        is_due = now - self._shown >= (0.2 if terminal else 10.0)
-        if not is_due and not (terminal and done == total):
-            return
-        self._shown = now
-        rate = done / max(now - self._started, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((total - done) / max(rate, 1e-9)))
-        text = f"{what} {done:,}/{total:,} cells | {rate:,.0f} cells/s | eta {left}"
-        if terminal:
-            end = "\n" if done == total else ""
-            print(f"\r\033[K{text}", end=end, file=sys.stderr, flush=True)
-        else:
-            logger.info("%s", text)
