@@ -8,6 +8,9 @@ class SourceFormat(Enum):
 
     synthetic = "synthetic"
     h5ad = "h5ad"
+    tahoe_parquet = "tahoe_parquet"
+    scdl = "scdl"
+    store = "store"
 
 
 class GeneChoice(Enum):
@@ -16,6 +19,27 @@ class GeneChoice(Enum):
     hvg = "hvg"
     all = "all"
     list = "list"
+
+
+class GeneFlavor(Enum):
+    """By which rule genes count as highly variable; both are scanpy's."""
+
+    seurat = "seurat"
+    cell_ranger = "cell_ranger"
+
+
+class KeepCells(Enum):
+    """What is kept of single cells beside their counts."""
+
+    barcode = "barcode"
+    none = "none"
+
+
+class Restart(Enum):
+    """What to do with the rest of a ``prepare`` that was stopped."""
+
+    resume = "resume"
+    discard = "discard"
 
 
 class CountsPolicy(Enum):

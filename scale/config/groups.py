@@ -22,6 +22,7 @@ from scale.config.choices import (
     Backend,
     Device,
     GeneChoice,
+    GeneFlavor,
     Head,
     HeldoutControls,
     MatchBatch,
@@ -44,6 +45,8 @@ class SourceConfig:
     format: SourceFormat = MISSING
     files: Any = field(default_factory=list)
     """A path or glob pattern, or a list of them; sorted by name."""
+    metadata: str | None = None
+    """Folder with the metadata tables of Tahoe-100M, for ``source=tahoe_parquet``."""
     num_cells: int = 25_000
     """Cells of the synthetic source, about."""
 
@@ -81,9 +84,16 @@ class GenesConfig:
     """Highly variable genes to keep; all if the source has no more."""
     file: str | None = None
     """Gene list, one symbol per line, for ``genes=list``."""
+    max_missing: int = 0
+    """Genes of the list that the source may lack; they are left out and named."""
+    flavor: GeneFlavor = GeneFlavor.seurat
+    """Rule by which genes count as highly variable."""
+    split: str | None = None
+    """TOML split: only its training conditions and their controls decide; null = all cells."""
 
     def __post_init__(self) -> None:
         require_positive("genes.num", self.num)
+        require(self.max_missing >= 0, f"genes.max_missing ({self.max_missing}) is negative")
         if self.choice is GeneChoice.list:
             require(self.file is not None, "genes.choice is list: give genes.file")
 
@@ -178,6 +188,12 @@ class DataConfig:
     reader_threads: int = 2
     prefetch_batches: int = 4
     """Micro-batches read ahead."""
+    control_pool_bytes: int = 8 * 1024 * 1024 * 1024
+    """Control cells up to this size are held in memory from the start, else read when drawn."""
+    cache_dir: str | None = None
+    """Folder for the shards of a remote store (``store=https://...``)."""
+    cache_bytes: int | None = None
+    """Most bytes of cached shards; null = as much as the disk holds."""
     allow_plan_change: bool = False
     """Resume although a setting of the plan changed; starts at the next epoch boundary."""
 
@@ -190,6 +206,12 @@ class DataConfig:
         )
         require_positive("data.reader_threads", self.reader_threads)
         require_positive("data.prefetch_batches", self.prefetch_batches)
+        require(
+            self.control_pool_bytes >= 0,
+            f"data.control_pool_bytes ({self.control_pool_bytes}) must not be negative",
+        )
+        if self.cache_bytes is not None:
+            require_positive("data.cache_bytes", self.cache_bytes)
         require(
             self.minimum_control_cells >= 2,
             f"data.minimum_control_cells ({self.minimum_control_cells}) must be at least 2",

@@ -18,6 +18,8 @@ from scale.config.choices import (
     ConditionBy,
     CountsPolicy,
     Device,
+    KeepCells,
+    Restart,
 )
 from scale.config.groups import (
     CheckpointConfig,
@@ -59,16 +61,28 @@ class PrepareConfig:
     """Treated conditions with fewer cells are dropped and listed."""
     codec: Codec = Codec.zstd
     shard_bytes: int = 512 * 1024 * 1024
+    """A shard is ended before it would hold more than this, counted before compression."""
     memory_bytes: int = 4 * 1024 * 1024 * 1024
+    """Memory of all workers together, less what Python and libraries take."""
+    num_workers: int | None = None
+    """Processes; null = one per core, and one for small inputs. No store depends on it."""
+    keep_cells: KeepCells = KeepCells.barcode
+    restart: Restart = Restart.resume
     overwrite: bool = False
     verify: str | None = None
     """A store to check byte by byte, and stop."""
+    export: str | None = None
+    """Write ``store`` as NAME.h5ad or as a BioNeMo archive NAME.scdl, and stop."""
+    merge: list[str] = field(default_factory=list)
+    """Stores to join into ``store`` without reading their cells, and stop."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_positive("minimum_cells", self.minimum_cells)
         require_positive("shard_bytes", self.shard_bytes)
         require_positive("memory_bytes", self.memory_bytes)
+        if self.num_workers is not None:
+            require_positive("num_workers", self.num_workers)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scale.data.kernels import gene_moments
+from scale.data.ingest.kernels import gene_moments
 from scale.types import SourceError
 
 _NUM_BINS = 20

@@ -9,7 +9,7 @@ scale prepare verify=data/mine                           # check every byte of a
 from pathlib import Path
 
 from scale.config import PrepareConfig, to_yaml
-from scale.data.prepare import prepare
+from scale.data.ingest.prepare import prepare
 from scale.data.store import CellSetStore
 from scale.runtime import RunRecord, World, start_logging
 from scale.tasks.progress import CellProgress

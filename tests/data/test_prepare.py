@@ -26,12 +26,12 @@ from scale.config import (
     SourceFormat,
     compose,
 )
-from scale.data.counts import recover_counts
 from scale.data.genes import StreamingMoments
-from scale.data.grouping import CellGroups, GroupedCells
+from scale.data.ingest.counts import recover_counts
+from scale.data.ingest.grouping import CellGroups, GroupedCells
+from scale.data.ingest.h5ad import H5adSource
+from scale.data.ingest.prepare import prepare
 from scale.data.partial import PartialDirectory
-from scale.data.prepare import prepare
-from scale.data.source import Source
 from scale.data.store import CellSetStore
 from scale.tasks import prepare as prepare_task
 from scale.types import SourceError, StoreError
@@ -269,9 +269,9 @@ def test_the_store_does_not_depend_on_how_counts_are_kept(source, tmp_path, fing
 
 def test_an_anndata_in_memory_is_read_as_its_file_is(source, tmp_path):
     adata = ad.read_h5ad(source)
-    with Source(source, memory_bytes=1 << 30).open() as file:
+    with H5adSource(source, memory_bytes=1 << 30).open() as file:
         on_disk = file.rows("X", 10, 20).toarray(), file.genes("X"), file.column("drug", "x")
-    with Source(adata, memory_bytes=1 << 30).open() as file:
+    with H5adSource(adata, memory_bytes=1 << 30).open() as file:
         in_memory = file.rows("X", 10, 20).toarray(), file.genes("X"), file.column("drug", "x")
     np.testing.assert_array_equal(on_disk[0], in_memory[0])
     assert on_disk[1] == in_memory[1]

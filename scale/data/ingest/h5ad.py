@@ -9,10 +9,8 @@ Shapes: N = cells of a file, G = genes.
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,53 +21,18 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem, write_elem
 
+from scale.data.ingest.source import LOCATIONS, MatrixInfo, ObsColumn
 from scale.types import SourceError, did_you_mean
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-LOCATIONS = "X, layers/NAME or raw/X"
 _MISSING_TEXTS = ("", "nan", "none", "na", "<na>")
 _ENSEMBL_COLUMNS = ("ensembl_id", "ensembl_ids", "gene_ids", "gene_id")
 
 
-@dataclass(frozen=True, slots=True)
-class ObsColumn:
-    """A column of ``.obs`` as texts.
-
-    Parameters
-    ----------
-    codes_N
-        Index into ``names`` per cell; -1 where the value is missing.
-    names
-        The distinct texts; whole numbers as decimal strings.
-    """
-
-    codes_N: npt.NDArray[np.int32]
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class MatrixInfo:
-    """What is known of a matrix before any of its values is read."""
-
-    location: str
-    kind: str
-    """``csr``, ``csc`` or ``dense``."""
-    shape: tuple[int, int]
-    dtype: np.dtype[Any]
-    num_stored: int
-    """Values in the file."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the matrix in memory."""
-        index_bytes = 0 if self.kind == "dense" else 4
-        return self.num_stored * (self.dtype.itemsize + index_bytes)
-
-
 class H5adFile:
-    """An open h5ad; made by :meth:`Source.open`."""
+    """An open h5ad; made by :meth:`H5adSource.open`."""
 
     def __init__(self, name: str, handle: h5py.File, *, memory_bytes: int) -> None:
         self.name = name
@@ -137,6 +100,13 @@ class H5adFile:
                     f"{self.name}: column {name!r} ({setting}) holds {text!r}; expected numbers"
                 ) from error
         return values[column.codes_N]
+
+    def barcodes(self, start: int, stop: int) -> npt.NDArray[np.str_]:
+        """Return the names of the cells from row ``start`` to ``stop``."""
+        index = _index_of(self._handle["obs"])
+        if isinstance(index, h5py.Dataset):
+            return np.array([_text(value) for value in index[start:stop]], np.str_)
+        return np.array([_text(value) for value in read_elem(index)[start:stop]], np.str_)
 
     def _column_values(self, name: str, setting: str) -> Any:
         if name not in self.columns:
@@ -262,12 +232,12 @@ class H5adFile:
         return self._whole[info.location]
 
 
-class Source:
+class H5adSource:
     """A file to read, or an AnnData in memory; opened only while it is read."""
 
     def __init__(self, path: Path | AnnData, *, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
-        self._path = path if isinstance(path, Path) else None
+        self.path = path if isinstance(path, Path) else None
         self._image = None if isinstance(path, Path) else _image_of(path)
         self.name = str(path) if isinstance(path, Path) else "the AnnData"
 
@@ -278,32 +248,13 @@ class Source:
             yield H5adFile(self.name, self._image, memory_bytes=self._memory_bytes)
             return
         try:
-            handle = h5py.File(self._path, "r")
+            handle = h5py.File(self.path, "r")
         except OSError as error:
             raise SourceError(
                 f"{self.name} cannot be opened as HDF5 ({error}); expected a whole h5ad"
             ) from error
         with handle:
             yield H5adFile(self.name, handle, memory_bytes=self._memory_bytes)
-
-
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Return the files behind paths and glob patterns, sorted by name, each once.
-
-    The order decides the numbers of the cells, and with them how they are shuffled; it does not
-    depend on the order of ``patterns``, nor on the folder as long as names differ.
-    """
-    if not patterns:
-        raise SourceError("source.files is empty; give a path or a glob pattern of h5ad files")
-    found: set[Path] = set()
-    for pattern in patterns:
-        is_pattern = not Path(pattern).is_file()
-        matches = [Path(p) for p in glob.glob(pattern, recursive=True)] if is_pattern else []  # noqa: PTH207
-        files = [p for p in matches if p.is_file()] if is_pattern else [Path(pattern)]
-        if not files:
-            raise SourceError(f"source.files: no file matches {pattern!r}")
-        found.update(p.absolute() for p in files)
-    return sorted(found, key=lambda path: (path.name, str(path)))
 
 
 def _image_of(adata: AnnData) -> h5py.File:

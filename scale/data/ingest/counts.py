@@ -18,8 +18,8 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from scale.config import CountsPolicy
-from scale.data.kernels import UNSORTED, find_duplicate, to_counts
-from scale.data.source import H5adFile
+from scale.data.ingest.kernels import UNSORTED, find_duplicate, to_counts
+from scale.data.ingest.source import SourceFile
 from scale.runtime import derive
 from scale.types import SourceError
 
@@ -68,7 +68,10 @@ class RecoveredCounts:
 
 
 def find_counts(
-    file: H5adFile, requested: str, policy: CountsPolicy, library_N: npt.NDArray[np.float64] | None
+    file: SourceFile,
+    requested: str,
+    policy: CountsPolicy,
+    library_N: npt.NDArray[np.float64] | None,
 ) -> CountsPlace:
     """Return where the counts of a file are.
 
@@ -124,7 +127,7 @@ def find_counts(
 
 
 def check_counts(
-    file: H5adFile, location: str, row_N: npt.NDArray[np.int64], block: sp.csr_matrix
+    file: SourceFile, location: str, row_N: npt.NDArray[np.int64], block: sp.csr_matrix
 ) -> sp.csr_matrix:
     """Return a block, of the rows ``row_N``, with sorted rows and uint32 counts above 0.
 
@@ -208,7 +211,7 @@ def _is_rint(data_M: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return np.asarray(np.rint(data_M) == data_M)
 
 
-def _sample(file: H5adFile, location: str) -> Iterator[tuple[int, sp.csr_matrix]]:
+def _sample(file: SourceFile, location: str) -> Iterator[tuple[int, sp.csr_matrix]]:
     """Yield the first cells of a file, and as many in runs spread over it."""
     run = _SAMPLE_CELLS // _SAMPLE_RUNS
     starts = [*range(0, min(_SAMPLE_CELLS, file.num_cells), run)]
@@ -222,7 +225,7 @@ def _sample(file: H5adFile, location: str) -> Iterator[tuple[int, sp.csr_matrix]
 
 
 def _try_recovery(
-    file: H5adFile, location: str, library_N: npt.NDArray[np.float64] | None
+    file: SourceFile, location: str, library_N: npt.NDArray[np.float64] | None
 ) -> tuple[float, float | None]:
     """Return the share of sampled cells that can be recovered, and the target sum if known."""
     if file.matrix(location).dtype.kind not in _NUMBERS:
@@ -250,7 +253,7 @@ def _try_recovery(
     return float(share), target_sum
 
 
-def _warn_if_cut(file: H5adFile, location: str) -> None:
+def _warn_if_cut(file: SourceFile, location: str) -> None:
     """Say so if the totals that the values were normalised to are those of other genes too."""
     with np.errstate(over="ignore"):
         totals = np.concatenate(
@@ -272,7 +275,7 @@ def _warn_if_cut(file: H5adFile, location: str) -> None:
         )
 
 
-def _describe(file: H5adFile, location: str) -> str:
+def _describe(file: SourceFile, location: str) -> str:
     """Return in a few words what the values of a matrix look like."""
     dtype = file.matrix(location).dtype
     if dtype.kind not in _NUMBERS:
@@ -286,7 +289,7 @@ def _describe(file: H5adFile, location: str) -> str:
 
 
 def _refuse_value(
-    file: H5adFile, location: str, row_N: npt.NDArray[np.int64], block: sp.csr_matrix
+    file: SourceFile, location: str, row_N: npt.NDArray[np.int64], block: sp.csr_matrix
 ) -> None:
     """Raise the error for the first value that is no count."""
     data_M = block.data
@@ -308,7 +311,7 @@ def _refuse_value(
 
 
 def _sorted_rows(
-    file: H5adFile, location: str, row_N: npt.NDArray[np.int64], counts: sp.csr_matrix
+    file: SourceFile, location: str, row_N: npt.NDArray[np.int64], counts: sp.csr_matrix
 ) -> sp.csr_matrix:
     """Return the rows with ascending columns and without stored zeros."""
     twice = find_duplicate(counts.indptr, counts.indices)
@@ -326,7 +329,7 @@ def _sorted_rows(
 
 
 def _place(
-    file: H5adFile, location: str, row_N: npt.NDArray[np.int64], block: sp.csr_matrix, at: int
+    file: SourceFile, location: str, row_N: npt.NDArray[np.int64], block: sp.csr_matrix, at: int
 ) -> str:
     row = int(row_N[int(np.searchsorted(block.indptr, at, side="right")) - 1])
     gene = file.genes(location)[int(block.indices[at])]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scale.config import ColumnsConfig, ConditionBy
-from scale.data.source import H5adFile
+from scale.data.ingest.source import SourceFile
 from scale.types import Condition, Perturbation, SourceError, did_you_mean, nearest
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Scan:
         if not self._control:
             raise SourceError("control is empty; give the label of the control cells")
 
-    def add(self, file: H5adFile) -> None:
+    def add(self, file: SourceFile) -> None:
         """Count the cells of a file by cell type, perturbation and batch."""
         packed_N, kept_N = self._packed_keys(file, is_counting=True)
         self._num_left_out += int((~kept_N).sum())
@@ -173,7 +173,7 @@ class Scan:
             num_left_out=self._num_left_out,
         )
 
-    def codes(self, file: H5adFile) -> CellCodes:
+    def codes(self, file: SourceFile) -> CellCodes:
         """Return condition and batch of every cell of a file that was added before."""
         packed_N, kept_N = self._packed_keys(file, is_counting=False)
         unique, inverse = np.unique(packed_N[kept_N], return_inverse=True)
@@ -191,7 +191,7 @@ class Scan:
     # --- labels of one file ---------------------------------------------------------------------
 
     def _packed_keys(
-        self, file: H5adFile, *, is_counting: bool
+        self, file: SourceFile, *, is_counting: bool
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Return the packed :data:`Key` per cell and which cells are kept."""
         columns = self._columns
@@ -203,7 +203,7 @@ class Scan:
             batch_N = self._numbers(file, columns.batch, "batch", kept_N)
         return perturbation_N << 34 | cell_type_N << 17 | (batch_N + 1), kept_N
 
-    def _kept(self, file: H5adFile, *, is_counting: bool) -> npt.NDArray[np.bool_]:
+    def _kept(self, file: SourceFile, *, is_counting: bool) -> npt.NDArray[np.bool_]:
         kept_N = np.ones(file.num_cells, dtype=bool)
         for name, values in self._where.items():
             column = file.column(name, "where")
@@ -215,7 +215,7 @@ class Scan:
         return kept_N
 
     def _numbers(
-        self, file: H5adFile, name: str, role: str, kept_N: npt.NDArray[np.bool_]
+        self, file: SourceFile, name: str, role: str, kept_N: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.int64]:
         """Return the register numbers of a column of names."""
         register = self._cell_types if role == "cell_type" else self._batches
@@ -239,7 +239,7 @@ class Scan:
         return numbers[column.codes_N]
 
     def _perturbation_numbers(
-        self, file: H5adFile, kept_N: npt.NDArray[np.bool_], *, is_counting: bool
+        self, file: SourceFile, kept_N: npt.NDArray[np.bool_], *, is_counting: bool
     ) -> npt.NDArray[np.int64]:
         """Return the register numbers of the perturbations, doses included."""
         name, dose_name = self._columns.perturbation, self._columns.dose
@@ -265,7 +265,7 @@ class Scan:
         numbers_N[kept_N] = found[inverse.reshape(-1)] if len(found) else _LEFT_OUT
         return numbers_N
 
-    def _parse(self, file: H5adFile, text: str, dose: float) -> Perturbation:
+    def _parse(self, file: SourceFile, text: str, dose: float) -> Perturbation:
         where = f"{file.name}: column {self._columns.perturbation!r}"
         if not text.strip():
             raise SourceError(
@@ -381,7 +381,7 @@ def _unpack(packed: int) -> Key:
 
 
 def _check_complete(
-    file: H5adFile, name: str, setting: str, codes_N: npt.NDArray[np.int32]
+    file: SourceFile, name: str, setting: str, codes_N: npt.NDArray[np.int32]
 ) -> None:
     missing = int((codes_N < 0).sum())
     if missing:

@@ -21,12 +21,13 @@ import pandas as pd
 
 from scale.config import GeneChoice, PrepareConfig, SourceFormat, to_yaml
 from scale.data.genes import StreamingMoments
-from scale.data.grouping import CellGroups
+from scale.data.ingest.grouping import CellGroups
+from scale.data.ingest.h5ad import H5adSource
+from scale.data.ingest.reader import Columns, CountReader, choose_list
+from scale.data.ingest.scan import ConditionTable, Scan, report_without_control
+from scale.data.ingest.source import Source, find_files
 from scale.data.partial import PartialDirectory
-from scale.data.reader import Columns, CountReader, choose_list
-from scale.data.scan import ConditionTable, Scan, report_without_control
 from scale.data.simulate import SimulationConfig, simulate
-from scale.data.source import Source, find_files
 from scale.data.store_files import MANIFEST, file_sha256
 from scale.data.store_writer import StoreWriter
 from scale.types import SourceError, StoreError
@@ -179,8 +180,8 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
 def _sources(config: PrepareConfig, files: list[Path]) -> list[Source]:
     if config.source.format is SourceFormat.synthetic:
         settings = SimulationConfig(num_cells=config.source.num_cells, seed=config.seed)
-        return [Source(simulate(settings).to_anndata(), memory_bytes=config.memory_bytes)]
-    return [Source(path, memory_bytes=config.memory_bytes) for path in files]
+        return [H5adSource(simulate(settings).to_anndata(), memory_bytes=config.memory_bytes)]
+    return [H5adSource(path, memory_bytes=config.memory_bytes) for path in files]
 
 
 # --- genes --------------------------------------------------------------------------------------

@@ -18,12 +18,18 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from scale.config import ColumnsConfig, CountsPolicy
-from scale.data.counts import REQUIRED_SHARE, CountsPlace, check_counts, find_counts, recover_counts
 from scale.data.genes import GeneVocabulary
-from scale.data.grouping import GroupedCells
-from scale.data.kernels import keep_columns, sum_rows
-from scale.data.scan import Scan
-from scale.data.source import H5adFile, Source
+from scale.data.ingest.counts import (
+    REQUIRED_SHARE,
+    CountsPlace,
+    check_counts,
+    find_counts,
+    recover_counts,
+)
+from scale.data.ingest.grouping import GroupedCells
+from scale.data.ingest.kernels import keep_columns, sum_rows
+from scale.data.ingest.scan import Scan
+from scale.data.ingest.source import Source, SourceFile
 from scale.types import SourceError
 
 LEFT_OUT_BY_WHERE = "left out by where"
@@ -133,7 +139,7 @@ class CountReader:
 
     def _file_blocks(
         self,
-        file: H5adFile,
+        file: SourceFile,
         facts: _FileFacts,
         gene_columns: Columns,
         is_wanted_C: npt.NDArray[np.bool_] | None,
@@ -185,7 +191,7 @@ class CountReader:
 
     def _counts(
         self,
-        file: H5adFile,
+        file: SourceFile,
         place: CountsPlace,
         row_N: Columns,
         block: sp.csr_matrix,
@@ -198,13 +204,13 @@ class CountReader:
             block, is_exact_N = recovered.counts, recovered.is_exact_N
         return check_counts(file, place.location, row_N, block), is_exact_N
 
-    def _rows_per_block(self, file: H5adFile, location: str) -> int:
+    def _rows_per_block(self, file: SourceFile, location: str) -> int:
         """Return how many rows a block may have so that it takes an eighth of the memory."""
         info = file.matrix(location)
         bytes_per_cell = max(1, info.num_bytes // file.num_cells) * 4  # with the copies on the way
         return max(1, min(self._block_cells, self._memory_bytes // 8 // bytes_per_cell))
 
-    def _library(self, file: H5adFile) -> Floats | None:
+    def _library(self, file: SourceFile) -> Floats | None:
         """Return total counts from the library column, if there is one."""
         name = self._columns.library
         if name is None:
@@ -212,7 +218,7 @@ class CountReader:
         return np.rint(file.numbers(name, "columns.library"))
 
     def _given_totals(
-        self, file: H5adFile, row_N: Columns, library_N: Floats | None
+        self, file: SourceFile, row_N: Columns, library_N: Floats | None
     ) -> Floats | None:
         """Return the library column for some rows, checked."""
         if library_N is None:
@@ -228,7 +234,7 @@ class CountReader:
 
     # --- agreement between files ----------------------------------------------------------------
 
-    def _check_same_place(self, file: H5adFile, place: CountsPlace) -> None:
+    def _check_same_place(self, file: SourceFile, place: CountsPlace) -> None:
         if self._facts and place.is_recovered != self.is_recovered:
             words = {True: "log1p values", False: "counts"}
             raise SourceError(
@@ -237,7 +243,7 @@ class CountReader:
                 "set counts to a matrix of counts that all files have"
             )
 
-    def _align(self, file: H5adFile, location: str) -> Columns:
+    def _align(self, file: SourceFile, location: str) -> Columns:
         """Return the position in a file of each gene; equal sets of genes are demanded."""
         names = file.genes(location)
         own = _vocabulary(file, location)
@@ -306,7 +312,7 @@ def choose_list(genes: GeneVocabulary, path: Path) -> Columns:
     return chosen
 
 
-def _vocabulary(file: H5adFile, location: str) -> GeneVocabulary:
+def _vocabulary(file: SourceFile, location: str) -> GeneVocabulary:
     ids = file.ensembl_ids(location)
     try:
         return GeneVocabulary(tuple(file.genes(location)), None if ids is None else tuple(ids))
@@ -315,7 +321,7 @@ def _vocabulary(file: H5adFile, location: str) -> GeneVocabulary:
 
 
 def _totals(
-    file: H5adFile, row_N: Columns, counts: sp.csr_matrix, given_N: Floats | None
+    file: SourceFile, row_N: Columns, counts: sp.csr_matrix, given_N: Floats | None
 ) -> npt.NDArray[np.int64]:
     """Return total counts per cell: over all genes of the matrix, or as a column gives them."""
     total_N: Columns = sum_rows(counts.indptr, counts.data)
