@@ -6,8 +6,6 @@ when the store is closed. Everything happens in ``DIR.partial`` until then.
 
 from __future__ import annotations
 
-import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,25 +17,20 @@ import numpy.typing as npt
 import pandas as pd
 
 from scale.config import Codec
-from scale.data.codec import CHUNK_CELLS, KIND_COUNTS, encode_chunk
+from scale.data.codec import CHUNK_CELLS, encode_chunk
 from scale.data.csr import NO_BATCH, CsrCounts, checked_counts
 from scale.data.genes import GeneVocabulary
 from scale.data.partial import PartialDirectory
 from scale.data.shards import ShardWriter
-from scale.data.store_files import (
-    ADDED_COLUMNS,
-    CHUNK_DTYPE,
-    COLUMN_KEYS,
-    MANIFEST,
-    SCHEMA,
-    SCHEMA_VERSION,
-    file_sha256,
-    fingerprint,
-    seal,
+from scale.data.store_content import (
+    StoreContent,
+    StoredCondition,
+    check_columns,
+    write_content,
 )
-from scale.data.tables import checked_gene_table, perturbation_table, write_conditions, write_table
-from scale.runtime import package_version, sync_directory, versions
-from scale.types import Condition, Perturbation, SourceError, StoreError
+from scale.data.store_files import CHUNK_DTYPE, MANIFEST
+from scale.data.tables import checked_gene_table, write_table
+from scale.types import Condition, SourceError, StoreError
 
 _CELLS_PER_PART = 1 << 20
 
@@ -102,20 +95,14 @@ class StoreWriter:
     ) -> None:
         self.path = Path(path)
         self._genes, self._codec = genes, codec
-        self._columns = {key: columns.get(key) for key in COLUMN_KEYS}
-        _check_columns(self._columns)
+        check_columns(columns)
+        self._columns = columns
         self._control, self._provenance = control, provenance
         self._gene_table = checked_gene_table(genes, gene_table)
         self._library = library or {"over": genes.sha256, "num_genes": len(genes)}
         self._batches = None if batches is None else tuple(batches)
-        self._facts = {
-            "counts": "read",
-            "condition_by": None,
-            "shuffle_seed": None,
-            **(facts or {}),
-        }
-        self._perturbations: dict[Perturbation, tuple[int, str]] = {}
-        self._conditions: dict[Condition, dict[str, Any]] = {}
+        self._facts = facts or {}
+        self._conditions: dict[Condition, StoredCondition] = {}
         self._chunks: list[npt.NDArray[np.void]] = []
         self._num_chunks = 0
         self._has_codes = False
@@ -188,22 +175,12 @@ class StoreWriter:
         number = self._num_chunks
         if cells is not None:
             self._add_cells(cells, counts.num_cells, number, name)
-        perturbation = self._perturbations.setdefault(
-            condition.perturbation, (len(self._perturbations), label)
-        )
         chunks = self._write_chunks(condition, counts)
         self._chunks.append(chunks)
         self._num_chunks += len(chunks)
-        self._conditions[condition] = {
-            "id": len(self._conditions),
-            "cell_type": condition.cell_type,
-            "perturbation": perturbation[0],
-            "batch": condition.batch,
-            "is_control": condition.is_control,
-            "num_cells": counts.num_cells,
-            "first_chunk": number,
-            "num_chunks": len(chunks),
-        }
+        self._conditions[condition] = StoredCondition(
+            condition, label, counts.num_cells, len(chunks)
+        )
 
     def _write_chunks(self, condition: Condition, counts: CsrCounts) -> npt.NDArray[np.void]:
         """Append the chunks of a condition to its shard; return their index entries."""
@@ -217,7 +194,7 @@ class StoreWriter:
                 blob, cell_type=condition.cell_type, is_control=condition.is_control
             )
             chunks[i] = (
-                len(self._conditions),
+                0,
                 shard,
                 part.num_cells,
                 offset,
@@ -268,78 +245,21 @@ class StoreWriter:
     def _finish(self) -> None:
         shards = self._shards.close()
         self._flush_cells()
-        chunks = np.concatenate(self._chunks)
-        np.save(self._partial / "chunks.npy", chunks)
-        self._write_tables()
-        prepared = {"provenance": self._provenance, "versions": versions()}
-        (self._partial / "prepare.json").write_text(json.dumps(prepared, indent=1) + "\n")
-        known = {entry["path"] for entry in shards}
-        others = sorted(
-            file.relative_to(self._partial).as_posix()
-            for file in self._partial.rglob("*")
-            if file.is_file()
+        content = StoreContent(
+            genes=self._genes,
+            gene_table=self._gene_table,
+            conditions=list(self._conditions.values()),
+            chunks=np.concatenate(self._chunks),
+            columns=self._columns,
+            control=self._control,
+            library=self._library,
+            provenance=self._provenance,
+            batches=self._batches,
+            has_codes=self._has_codes,
+            facts=self._facts,
         )
-        files = shards + [self._entry(name) for name in others if name not in known]
-        manifest = {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
-            "created_by": f"scale {package_version()}",
-            "generation": 1,
-            "kind": KIND_COUNTS,
-            "chunk_cells": CHUNK_CELLS,
-            "num_cells": sum(row["num_cells"] for row in self._conditions.values()),
-            "num_conditions": len(self._conditions),
-            "num_chunks": len(chunks),
-            "num_genes": len(self._genes),
-            "genes_sha256": self._genes.sha256,
-            "library": self._library,
-            "control": self._control,
-            "columns": self._columns,
-            **self._facts,
-            "fingerprint": self._fingerprint(),
-            "files": files,
-        }
-        self._sync(MANIFEST, seal(manifest))
-        for folder in {(self._partial / file["path"]).parent for file in files}:
-            sync_directory(folder)
+        write_content(self._partial, content, shards)
         self._directory.commit()
-
-    def _fingerprint(self) -> str:
-        rows = []
-        for condition, chunks in zip(self._conditions, self._chunks, strict=True):
-            agents = [[c.name, c.dose, c.unit] for c in condition.perturbation.components]
-            name = [condition.cell_type, agents, condition.batch, condition.is_control]
-            rows.append((name, chunks))
-        facts = {
-            "genes_sha256": self._genes.sha256,
-            "library": self._library,
-            "kind": KIND_COUNTS,
-            "batches": list(self._batches or ()) if self._has_codes else [],
-        }
-        return fingerprint(facts, rows)
-
-    def _write_tables(self) -> None:
-        write_table(self._partial / "genes.parquet", self._gene_table)
-        write_conditions(self._partial, list(self._conditions.values()), self._batches)
-        controls = {c.perturbation for c in self._conditions if c.is_control}
-        table = perturbation_table(
-            list(self._perturbations),
-            [label for _, label in self._perturbations.values()],
-            np.array([perturbation in controls for perturbation in self._perturbations]),
-        )
-        write_table(self._partial / "perturbations.parquet", table)
-
-    def _entry(self, name: str) -> dict[str, Any]:
-        path = self._partial / name
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-        return {"path": name, "size": path.stat().st_size, "sha256": file_sha256(path)}
-
-    def _sync(self, name: str, content: bytes) -> None:
-        with (self._partial / name).open("xb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
 
     def abort(self) -> None:
         """Remove what was written; an existing store of this name stays."""
@@ -364,13 +284,3 @@ class StoreWriter:
 def _describe(condition: Condition) -> str:
     batch = "" if condition.batch is None else f", {condition.batch}"
     return f"condition ({condition.cell_type}, {condition.perturbation.label}{batch})"
-
-
-def _check_columns(columns: dict[str, str | None]) -> None:
-    """Refuse source columns that would be lost beside those that ``to_anndata`` adds."""
-    for key in ("perturbation", "cell_type", "batch", "dose"):
-        if (name := columns[key]) in ADDED_COLUMNS and name != "condition":
-            raise SourceError(
-                f"columns.{key} is {name!r}, a name that stores use themselves "
-                f"({', '.join(ADDED_COLUMNS)}); rename the column in the source"
-            )
