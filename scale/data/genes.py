@@ -3,10 +3,13 @@
 Everything that reads cells goes through a :class:`GeneVocabulary`, so that two matrices are never
 joined by position. The choice of highly variable genes streams over the cells in one pass and keeps
 three numbers per gene, because a screen does not fit in memory.
+
+Shapes: G = genes, N = cells, M = stored counts.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +20,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.special import ndtri
 
-from scale.data.ingest.kernels import gene_moments
+from scale.config import GeneFlavor
+from scale.data.codec import compiled
 from scale.types import SourceError
+
+logger = logging.getLogger(__name__)
 
 _NUM_BINS = 20
 _TARGET_SUM = 10_000.0
+_NEVER_SEEN = 1e-12
+"""Mean that stands for 0 in a ratio."""
+_NORMAL_QUARTILE = float(ndtri(0.75))
+"""Median absolute deviation of a standard normal variable."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +142,17 @@ class GeneAlignment:
 class StreamingMoments:
     """Mean and variance per gene over a stream of cells, and the highly variable genes by them.
 
-    The values are counts per 10,000 of the cell's library, not logarithms, as in the ``seurat``
-    flavor of scanpy, to which the choice is equal.
+    The choice is that of ``scanpy.pp.highly_variable_genes`` after ``normalize_total`` and
+    ``log1p``. Values are counts per 10,000 of the cell's library for flavor ``seurat``, and their
+    log1p for ``cell_ranger``. Cells are added one by one: how a stream is cut into blocks changes
+    no bit of the result.
 
     Parameters
     ----------
     num_genes
         Genes of the matrices that will come.
+    flavor
+        Rule of the choice.
 
     Examples
     --------
@@ -148,7 +163,8 @@ class StreamingMoments:
     [2.0, 2.0]
     """
 
-    def __init__(self, num_genes: int) -> None:
+    def __init__(self, num_genes: int, flavor: GeneFlavor = GeneFlavor.seurat) -> None:
+        self.flavor = flavor
         self.num_cells = 0
         self._sum_G = np.zeros(num_genes)
         self._square_G = np.zeros(num_genes)
@@ -161,17 +177,22 @@ class StreamingMoments:
             raise ValueError(
                 f"counts {counts.shape} do not fit {len(library)} cells x {num_genes} genes"
             )
-        scale_N = _TARGET_SUM / np.maximum(np.asarray(library, dtype=np.float64), 1.0)
-        sum_G, square_G, nonzero_G = gene_moments(
-            counts.indptr, counts.indices, counts.data, scale_N, num_genes
+        _add_cells(
+            counts.indptr,
+            counts.indices,
+            counts.data,
+            _TARGET_SUM / np.maximum(np.asarray(library, dtype=np.float64), 1.0),
+            self.flavor is GeneFlavor.cell_ranger,
+            self._sum_G,
+            self._square_G,
+            self._nonzero_G,
         )
-        self._sum_G += sum_G
-        self._square_G += square_G
-        self._nonzero_G += nonzero_G
         self.num_cells += len(library)
 
-    def merge(self, other: StreamingMoments) -> None:
-        """Add the cells that ``other`` has seen."""
+    def add(self, other: StreamingMoments) -> None:
+        """Add the cells that ``other`` has seen; sums depend on the order of parts, in rounding."""
+        if other.flavor is not self.flavor or len(other._sum_G) != len(self._sum_G):
+            raise ValueError("moments of other genes or of another flavor cannot be added")
         self._sum_G += other._sum_G
         self._square_G += other._square_G
         self._nonzero_G += other._nonzero_G
@@ -181,47 +202,118 @@ class StreamingMoments:
         """Return num_cells (with the gene), mean, variance and dispersion_norm per gene."""
         if self.num_cells < 2:
             raise SourceError(f"{self.num_cells} cells; a variance needs at least 2")
-        mean = self._sum_G / self.num_cells
+        mean_G = self._sum_G / self.num_cells
         # Sums of float64 lose at most a few units of 1e-16 x mean^2; counts are far above that.
-        variance = (self._square_G - self.num_cells * mean**2) / (self.num_cells - 1)
-        variance = np.maximum(variance, 0.0)
+        variance_G = (self._square_G - self.num_cells * mean_G**2) / (self.num_cells - 1)
+        variance_G = np.maximum(variance_G, 0.0)
+        normalise = {
+            GeneFlavor.seurat: _seurat_dispersion,
+            GeneFlavor.cell_ranger: _cell_ranger_dispersion,
+        }[self.flavor]
         return pd.DataFrame(
             {
                 "num_cells": self._nonzero_G,
-                "mean": mean,
-                "variance": variance,
-                "dispersion_norm": _normalised_dispersion(mean, variance),
+                "mean": mean_G,
+                "variance": variance_G,
+                "dispersion_norm": normalise(mean_G, variance_G),
             }
         )
 
     def highly_variable(self, num: int) -> npt.NDArray[np.bool_]:
         """Return which genes are chosen: the ``num`` of largest normalised dispersion.
 
-        Genes that tie with the last one are chosen too, as in scanpy. Genes that never vary have no
-        dispersion and are chosen only if there are fewer others than ``num``.
+        Genes that tie with the last one are chosen too, as in scanpy. Genes without a normalised
+        dispersion, such as those that never vary in flavor ``seurat``, are chosen only if ``num``
+        is the number of all genes or more.
         """
-        dispersion = self.table()["dispersion_norm"].to_numpy()
-        defined = np.sort(dispersion[~np.isnan(dispersion)])[::-1]
-        if num >= len(dispersion):
-            return np.ones(len(dispersion), dtype=bool)
-        if not len(defined):
-            raise SourceError("no gene varies between cells; highly variable genes are undefined")
-        cutoff = defined[min(num, len(defined)) - 1]
-        return np.asarray(np.nan_to_num(dispersion, nan=-np.inf) >= cutoff)
+        return most_variable(self.table()["dispersion_norm"].to_numpy(), num)
 
 
-def _normalised_dispersion(
-    mean: npt.NDArray[np.float64], variance: npt.NDArray[np.float64]
+def most_variable(dispersion_norm_G: npt.NDArray[np.float64], num: int) -> npt.NDArray[np.bool_]:
+    """Return which genes :meth:`StreamingMoments.highly_variable` chooses by these numbers."""
+    defined = np.sort(dispersion_norm_G[~np.isnan(dispersion_norm_G)])[::-1]
+    if num >= len(dispersion_norm_G):
+        return np.ones(len(dispersion_norm_G), dtype=bool)
+    if not len(defined):
+        raise SourceError("no gene varies between cells; highly variable genes are undefined")
+    cutoff = defined[min(num, len(defined)) - 1]
+    return np.asarray(np.nan_to_num(dispersion_norm_G, nan=-np.inf, posinf=np.inf) >= cutoff)
+
+
+@compiled
+def _add_cells(
+    indptr: npt.NDArray[Any],
+    indices_M: npt.NDArray[Any],
+    data_M: npt.NDArray[Any],
+    scale_N: npt.NDArray[np.float64],
+    is_log: bool,  # noqa: FBT001  numba compiles positional arguments
+    sum_G: npt.NDArray[np.float64],
+    square_G: npt.NDArray[np.float64],
+    nonzero_G: npt.NDArray[np.int64],
+) -> None:
+    """Add to the sums per gene of the scaled values, of their squares, and of what is not 0."""
+    for row in range(len(indptr) - 1):
+        for i in range(indptr[row], indptr[row + 1]):
+            value = data_M[i] * scale_N[row]
+            if is_log:
+                value = np.log1p(value)
+            gene = indices_M[i]
+            sum_G[gene] += value
+            square_G[gene] += value * value
+            nonzero_G[gene] += data_M[i] != 0
+
+
+def _seurat_dispersion(
+    mean_G: npt.NDArray[np.float64], variance_G: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     """Return the log dispersion, standardised among genes of similar mean (Satija et al. 2015)."""
-    mean = np.where(mean == 0, 1e-12, mean)
-    dispersion = variance / mean
-    dispersion = np.log(np.where(dispersion == 0, np.nan, dispersion))
-    frame = pd.DataFrame({"mean": np.log1p(mean), "dispersion": dispersion})
-    groups = frame.groupby(pd.cut(frame["mean"], bins=_NUM_BINS), observed=True)["dispersion"]
-    average = groups.transform("mean").to_numpy(copy=True)
-    spread = groups.transform("std").to_numpy(copy=True)
+    mean_G = np.where(mean_G == 0, _NEVER_SEEN, mean_G)
+    dispersion_G = variance_G / mean_G
+    dispersion_G = np.log(np.where(dispersion_G == 0, np.nan, dispersion_G))
+    bins = pd.cut(pd.Series(np.log1p(mean_G)), bins=_NUM_BINS)
+    groups = pd.Series(dispersion_G).groupby(bins, observed=True)
+    average_G = groups.transform("mean").to_numpy(copy=True)
+    spread_G = groups.transform("std").to_numpy(copy=True)
     # A gene alone in its bin gets 1: it has no peers to be compared with.
-    alone = np.isnan(spread)
-    spread[alone], average[alone] = average[alone], 0.0
-    return np.asarray((dispersion - average) / spread)
+    alone_G = np.isnan(spread_G)
+    spread_G[alone_G], average_G[alone_G] = average_G[alone_G], 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):  # peers that are all equal: undefined
+        return np.asarray((dispersion_G - average_G) / spread_G)
+
+
+def _cell_ranger_dispersion(
+    mean_G: npt.NDArray[np.float64], variance_G: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the dispersion's distance from the median of its peers (Zheng et al. 2017).
+
+    Peers lie between the same percentiles of the mean. Where many genes were never seen, the
+    percentiles repeat and scanpy has no answer; then those genes are left out, as if
+    ``scanpy.pp.filter_genes`` had run.
+    """
+    seen_G = mean_G > 0
+    mean_G = np.where(seen_G, mean_G, _NEVER_SEEN)
+    edges = _percentile_edges(mean_G)
+    if len(np.unique(edges)) < len(edges):
+        logger.warning(
+            "%d of %d genes were never seen; cell_ranger compares the others only",
+            int((~seen_G).sum()),
+            len(seen_G),
+        )
+        edges = _percentile_edges(mean_G[seen_G])
+        mean_G = np.where(seen_G, mean_G, np.nan)
+        if len(np.unique(edges)) < len(edges):
+            raise SourceError(
+                f"genes.flavor=cell_ranger: the means of {int(seen_G.sum())} genes are too equal "
+                "for its bins; use genes.flavor=seurat"
+            )
+    bins = pd.cut(pd.Series(mean_G), bins=edges.tolist())
+    dispersion = pd.Series(variance_G / mean_G)
+    distance = dispersion - dispersion.groupby(bins, observed=True).transform("median")
+    spread = (distance.abs() / _NORMAL_QUARTILE).groupby(bins, observed=True).transform("median")
+    return (distance / spread).to_numpy()
+
+
+def _percentile_edges(mean_G: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    if not len(mean_G):
+        raise SourceError("no gene was seen in any cell; highly variable genes are undefined")
+    return np.concatenate([[-np.inf], np.percentile(mean_G, np.arange(10, 105, 5)), [np.inf]])
