@@ -30,7 +30,13 @@ from scale.data.codec import CHUNK_CELLS, CellChunk, parse_chunk
 from scale.data.csr import CsrCounts, IntArray
 from scale.data.genes import GeneVocabulary
 from scale.data.shards import Shards
-from scale.data.store_files import ADDED_COLUMNS, CHUNK_DTYPE, check_files, read_manifest
+from scale.data.store_files import (
+    ADDED_COLUMNS,
+    CHUNK_DTYPE,
+    MANIFEST,
+    check_files,
+    read_manifest,
+)
 from scale.data.tables import StoreTables
 from scale.runtime import derive, mix64_array
 from scale.types import Condition, Perturbation, StoreError
@@ -363,6 +369,8 @@ class CellSetStore:
         StoreError
             Naming the first file that is not as it was written.
         """
+        if read_manifest(self.path) != self.manifest:
+            raise StoreError(f"{self.path / MANIFEST} is not that of the store that was opened")
         check_files(self.path, self.manifest["files"], with_shards=True)
 
     def close(self) -> None:

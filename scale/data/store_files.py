@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -52,33 +52,42 @@ def seal(manifest: dict[str, Any]) -> bytes:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of a store; StoreError if there is none, or it is damaged or newer."""
-    file = path / MANIFEST
     try:
-        raw = file.read_bytes()
+        raw = (path / MANIFEST).read_bytes()
     except OSError as error:
         partial = path.with_name(path.name + ".partial")
         hint = f"; {partial} is unfinished, run prepare again" if partial.exists() else ""
         raise StoreError(f"{path} is no store: it has no {MANIFEST}{hint}") from error
-    damaged = f"{file} is damaged; restore it from a copy, or run prepare again"
+    return parse_manifest(raw, str(path))
+
+
+def parse_manifest(raw: bytes, path: str) -> dict[str, Any]:
+    """Return what the text of a manifest says, checked; ``path`` is its store's, for messages."""
+    damaged = f"{path}/{MANIFEST} is damaged; restore it from a copy, or run prepare again"
     try:
         manifest = json.loads(raw)
         digest = str(manifest["sha256"])
-        found, version = manifest["schema"], manifest["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(damaged) from error
+    # The seal comes first: it is the same in every version, and a version number can be damaged.
+    zeroed = raw.replace(b'"sha256": "' + digest.encode(), b'"sha256": "' + b"0" * 64)
+    if sha256(zeroed).hexdigest() != digest:
+        raise StoreError(damaged)
+    found, version = manifest["schema"], manifest["schema_version"]
     if found != SCHEMA or version != SCHEMA_VERSION:
         raise StoreError(
             f"{path} is a {found} of version {version}, made by {manifest.get('created_by')}; "
             f"this version reads {SCHEMA} {SCHEMA_VERSION}: update the package"
         )
-    zeroed = raw.replace(b'"sha256": "' + digest.encode(), b'"sha256": "' + b"0" * 64)
-    if sha256(zeroed).hexdigest() != digest:
-        raise StoreError(damaged)
     if manifest["kind"] != KIND_COUNTS or manifest["chunk_cells"] != CHUNK_CELLS:
         raise StoreError(
             f"{path} is of kind {manifest['kind']} with chunks of {manifest['chunk_cells']} cells; "
             f"expected kind {KIND_COUNTS} (counts) with {CHUNK_CELLS}"
         )
+    for file in manifest["files"]:
+        parts = PurePosixPath(file["path"]).parts
+        if not parts or parts[0] == "/" or ".." in parts:
+            raise StoreError(f"{path}/{MANIFEST} names {file['path']!r}, which is not in the store")
     return dict(manifest)
 
 

@@ -280,39 +280,6 @@ def flip(path, position):
     path.write_bytes(content)
 
 
-def test_any_flipped_byte_is_named(small_store, tmp_path):
-    copy = shutil.copytree(small_store, tmp_path / "store")
-    files = sorted(file for file in copy.rglob("*") if file.is_file())
-    assert len(files) == 10
-    for file in files:
-        original = file.read_bytes()
-        step = 1 if file.suffix in (".scl", ".npy") else max(1, len(original) // 40)
-        for position in [*range(0, len(original), step), len(original) - 1]:
-            flip(file, position)
-            # a damaged version number reads as a store of another version
-            with pytest.raises(StoreError, match=f"{file.name}|{SCHEMA_MESSAGE}"):
-                CellSetStore.open(copy, verify="full")
-            file.write_bytes(original)
-    CellSetStore.open(copy, verify="full")
-
-
-SCHEMA_MESSAGE = "this version reads scale-store 1"
-
-
-def test_any_truncation_is_named_when_the_store_is_opened(small_store, tmp_path):
-    copy = shutil.copytree(small_store, tmp_path / "store")
-    for file in sorted(file for file in copy.rglob("*") if file.is_file()):
-        original = file.read_bytes()
-        for size in (0, len(original) // 2, len(original) - 1):
-            file.write_bytes(original[:size])
-            with pytest.raises(StoreError, match=file.name):
-                CellSetStore.open(copy)
-        file.unlink()
-        with pytest.raises(StoreError, match=file.name):
-            CellSetStore.open(copy)
-        file.write_bytes(original)
-
-
 def test_a_flipped_byte_in_a_shard_is_noticed_when_it_is_read(small_store, tmp_path):
     for name, condition in (("control", 0), ("treated", 1)):
         copy = shutil.copytree(small_store, tmp_path / name)
