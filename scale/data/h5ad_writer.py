@@ -86,7 +86,7 @@ class H5adWriter:
                 dataset[cells] = (obs.index if name == _INDEX else obs[name]).to_numpy()
         self._cells_done, self._values_done = cells.stop, values.stop
 
-    def _codes(self, name: str, values: pd.Series[str]) -> npt.NDArray[np.signedinteger[Any]]:
+    def _codes(self, name: str, values: pd.Series[str]) -> npt.NDArray[np.integer[Any]]:
         known = pd.CategoricalDtype(list(self._categories[name]))
         return values.astype(known).cat.codes.to_numpy()
 
