@@ -81,7 +81,8 @@ def find_counts(
         An open h5ad.
     requested
         ``auto`` or a location. ``auto`` takes the first of layers/counts, raw/X and X that holds
-        whole numbers, else the first of them from which counts can be recovered.
+        whole numbers, else the first of them from which counts can be recovered. A matrix of a
+        format that knows nothing but counts is taken unseen; its values are checked as they come.
     policy
         Whether recovery is allowed.
     library_N
@@ -92,6 +93,9 @@ def find_counts(
     SourceError
         If no matrix holds counts; the message says what the matrix looks like instead.
     """
+    known = [name for name in file.locations() if file.matrix(name).is_counts]
+    if known and requested in ("auto", *known):
+        return CountsPlace(known[0] if requested == "auto" else requested, is_recovered=False)
     habitual = [name for name in file.locations() if name in ("layers/counts", "raw/X", "X")]
     candidates = habitual if requested == "auto" else [requested]
     if not candidates:

@@ -21,13 +21,13 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem, write_elem
 
+from scale.data.ingest.labels import merge_equal, numbers_of, text_of
 from scale.data.ingest.source import LOCATIONS, MatrixInfo, ObsColumn
 from scale.types import SourceError, did_you_mean
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-_MISSING_TEXTS = ("", "nan", "none", "na", "<na>")
 _ENSEMBL_COLUMNS = ("ensembl_id", "ensembl_ids", "gene_ids", "gene_id")
 
 
@@ -66,18 +66,11 @@ class H5adFile:
         values = self._column_values(name, setting)
         if isinstance(values, pd.Categorical):
             codes_N = np.asarray(values.codes, dtype=np.int32)
-            texts = [_text(value) for value in values.categories]
+            uniques = values.categories
         else:
             found_N, uniques = pd.factorize(pd.Series(values), use_na_sentinel=True)
             codes_N = found_N.astype(np.int32)
-            texts = [_text(value) for value in uniques]
-        # Different values may have one text, as 1 and "1" among categories of mixed type.
-        names = tuple(dict.fromkeys(texts))
-        if len(names) < len(texts):
-            position = {text: i for i, text in enumerate(names)}
-            target = np.array([position[text] for text in texts], dtype=np.int32)
-            codes_N = np.where(codes_N < 0, np.int32(-1), target[codes_N])
-        return ObsColumn(codes_N, names)
+        return merge_equal(codes_N, [text_of(value) for value in uniques])
 
     def numbers(
         self, name: str, setting: str, kept_N: npt.NDArray[np.bool_] | None = None
@@ -86,27 +79,15 @@ class H5adFile:
 
         Texts that are no numbers are an error in the cells under ``kept_N`` (None = all).
         """
-        column = self.column(name, setting)
-        used = np.unique(column.codes_N if kept_N is None else column.codes_N[kept_N])
-        values = np.full(len(column.names) + 1, np.nan)
-        for code in used[used >= 0].tolist():
-            text = column.names[code].strip()
-            if text.lower() in _MISSING_TEXTS:
-                continue
-            try:
-                values[code] = float(text)
-            except ValueError as error:
-                raise SourceError(
-                    f"{self.name}: column {name!r} ({setting}) holds {text!r}; expected numbers"
-                ) from error
-        return values[column.codes_N]
+        where = f"{self.name}: column {name!r} ({setting})"
+        return numbers_of(self.column(name, setting), where, kept_N)
 
     def barcodes(self, start: int, stop: int) -> npt.NDArray[np.str_]:
         """Return the names of the cells from row ``start`` to ``stop``."""
         index = _index_of(self._handle["obs"])
         if isinstance(index, h5py.Dataset):
-            return np.array([_text(value) for value in index[start:stop]], np.str_)
-        return np.array([_text(value) for value in read_elem(index)[start:stop]], np.str_)
+            return np.array([text_of(value) for value in index[start:stop]], np.str_)
+        return np.array([text_of(value) for value in read_elem(index)[start:stop]], np.str_)
 
     def _column_values(self, name: str, setting: str) -> Any:
         if name not in self.columns:
@@ -118,20 +99,20 @@ class H5adFile:
         if isinstance(element, h5py.Dataset) and "categories" in element.attrs:
             # the layout of anndata 0.7: codes here, categories elsewhere
             categories = self._handle[element.attrs["categories"]][:]
-            names = pd.Index([_text(value) for value in categories])
+            names = pd.Index([text_of(value) for value in categories])
             return pd.Categorical.from_codes(element[:], names)
         return read_elem(element)
 
     def genes(self, location: str) -> list[str]:
         """Return the gene names that belong to a matrix."""
-        return [_text(value) for value in pd.Series(read_elem(_index_of(self._var(location))))]
+        return [text_of(value) for value in pd.Series(read_elem(_index_of(self._var(location))))]
 
     def ensembl_ids(self, location: str) -> list[str] | None:
         """Return Ensembl identifiers, if ``.var`` has them under a usual name."""
         var = self._var(location)
         for name in _ENSEMBL_COLUMNS:
             if name in var:
-                values = [_text(value) for value in pd.Series(read_elem(var[name]))]
+                values = [text_of(value) for value in pd.Series(read_elem(var[name]))]
                 if all(value.startswith("ENS") for value in values):
                     return values
         return None
@@ -278,12 +259,3 @@ def _length(element: h5py.Dataset | h5py.Group) -> int:
 
 def _listed(group: h5py.Group) -> str:
     return ", ".join(group) or "nothing"
-
-
-def _text(value: object) -> str:
-    """Return the text of a value: whole numbers without a point, bytes decoded."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value)

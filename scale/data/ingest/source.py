@@ -51,6 +51,8 @@ class MatrixInfo:
     dtype: np.dtype[Any]
     num_stored: int
     """Values in the file."""
+    is_counts: bool = False
+    """The format holds nothing but counts, so that their place need not be looked for."""
 
     @property
     def num_bytes(self) -> int:
