@@ -31,7 +31,7 @@ from scale.data.store_content import StoreContent, StoredCondition, write_conten
 from scale.data.store_files import MANIFEST
 from scale.data.tables import checked_gene_table
 from scale.runtime import sync_directory
-from scale.types import StoreError
+from scale.types import Condition, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -178,11 +178,17 @@ def _joined(stores: Sequence[CellSetStore]) -> StoreContent:
 
 
 def _conditions_of(store: CellSetStore) -> list[StoredCondition]:
-    columns = ("perturbation", "num_cells", "num_chunks")
-    rows = zip(*(store.conditions[name].tolist() for name in columns), strict=True)
+    columns = ("cell_type", "perturbation", "batch", "is_control", "num_cells", "num_chunks")
     return [
-        StoredCondition(store.condition(number), store.labels[perturbation], num_cells, num_chunks)
-        for number, (perturbation, num_cells, num_chunks) in enumerate(rows)
+        StoredCondition(
+            Condition(cell_type, store.perturbations[number], batch, is_control),
+            store.labels[number],
+            num_cells,
+            num_chunks,
+        )
+        for cell_type, number, batch, is_control, num_cells, num_chunks in zip(
+            *(store.conditions[name].tolist() for name in columns), strict=True
+        )
     ]
 
 
