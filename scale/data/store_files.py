@@ -20,6 +20,8 @@ from scale.types import StoreError
 SCHEMA = "scale-store"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+LARGE_FILES = ("shards/", "cells/")
+"""Folders of the files that are not read as a whole when a store is opened."""
 CHUNK_DTYPE = np.dtype(
     [
         ("condition", "<u4"),
@@ -110,7 +112,7 @@ def check_files(path: Path, files: Sequence[dict[str, Any]], *, with_shards: boo
             raise StoreError(f"{target} is missing; {path} is not complete") from error
         if size != file["size"]:
             raise StoreError(f"{target} has {size} bytes, the manifest says {file['size']}")
-        is_large = file["path"].startswith(("shards/", "cells/"))
+        is_large = file["path"].startswith(LARGE_FILES)
         if (with_shards or not is_large) and (found := file_sha256(target)) != file["sha256"]:
             raise StoreError(
                 f"{target} is damaged: sha256 {found[:12]}, the manifest says "
