@@ -5,7 +5,7 @@ Not the training path: it is for runs whose loop is not this package's.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, SupportsIndex
 
 import numpy as np
 
@@ -16,14 +16,20 @@ from scale.types import Batch
 class EpochIndex(Protocol):
     """Anything with an epoch and an index, as bionemo-core's ``EpochIndex``."""
 
-    epoch: int
-    idx: int
+    @property
+    def epoch(self) -> int:
+        """Pass over the sets, from 0."""
+
+    @property
+    def idx(self) -> int:
+        """Set within the epoch."""
 
 
 class CellSetDataset:
     """One training set per (epoch, index): a pure function with a length that never changes.
 
-    It is what bionemo-core's ``MultiEpochDatasetResampler`` asks of a dataset.
+    It is what bionemo-core's ``MultiEpochDatasetResampler`` asks of a dataset. A plain number is a
+    set of epoch 0, which is what its ``MultiEpochDatasetWrapper`` and PyTorch's ``DataLoader`` ask.
     """
 
     def __init__(self, module: CellSetDataModule) -> None:
@@ -33,8 +39,12 @@ class CellSetDataset:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: EpochIndex) -> Batch:
+    def __getitem__(self, index: EpochIndex | SupportsIndex) -> Batch:
         """Return a batch of one set."""
-        if not 0 <= index.idx < self._length:
-            raise IndexError(f"set {index.idx} of {self._length}")
-        return self._reader.batch(np.array([index.epoch * self._length + index.idx]))
+        if isinstance(index, SupportsIndex):
+            epoch, number = 0, index.__index__()
+        else:
+            epoch, number = int(index.epoch), int(index.idx)
+        if epoch < 0 or not 0 <= number < self._length:
+            raise IndexError(f"set {number} of {self._length}, epoch {epoch}")
+        return self._reader.batch(np.array([epoch * self._length + number]))

@@ -140,7 +140,8 @@ class StoreFile:
                 f"Set counts=auto (of {LOCATIONS})"
             )
         shape = (self.num_cells, self._store.num_genes)
-        return MatrixInfo(location, "csr", shape, np.dtype(np.uint32), self._rows.num_values)
+        num_values = self._rows.num_values
+        return MatrixInfo(location, "csr", shape, np.dtype(np.uint32), num_values, is_counts=True)
 
     def rows(self, location: str, start: int, stop: int) -> sp.csr_matrix:
         """Return rows ``start`` to ``stop`` as CSR counts."""
