@@ -3,84 +3,21 @@
 import json
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from cell_set_store import CONTROL, counts_of
+from store_parts import Part, coded, write
 
-from scale.config import Codec, DataConfig
-from scale.data.genes import GeneVocabulary
+from scale.config import DataConfig
 from scale.data.merge import merge_stores
 from scale.data.module import CellSetDataModule
 from scale.data.store import CellSetStore
 from scale.data.store_rows import StoreRows
-from scale.data.store_writer import StoreWriter
-from scale.types import Condition, Perturbation, StoreError
-
-GENES = tuple(f"G{i:03d}" for i in range(300))
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a store is written from."""
-
-    cell_type: str
-    drugs: tuple[str, ...] = ("azacitidine", "bortezomib")
-    batches: tuple[str, ...] = ("p1", "p2")
-    seed: int = 0
-    genes: tuple[str, ...] = GENES
-    control: str = CONTROL
-    library: dict = field(default_factory=lambda: {"over": "all", "num_genes": 400})
-    columns: dict = field(
-        default_factory=lambda: {"perturbation": "drug", "cell_type": "line", "batch": "plate"}
-    )
-    condition_by: str = "batch"
-    codes: tuple[str, ...] | None = None
-    """Names of batches that the treated cells carry codes for."""
-    names_cells: bool = True
-
-    def conditions(self):
-        """Condition, label, counts, library, table of cells, codes."""
-        generator = np.random.default_rng(self.seed)
-        keys = [(self.control, batch) for batch in self.batches]
-        treated = self.batches if self.codes is None else (None,)
-        keys += [(drug, batch) for batch in treated for drug in self.drugs]
-        for number, (label, batch) in enumerate(keys):
-            size = int(generator.integers(20, 200))
-            counts = counts_of(size, 1000 * self.seed + number)
-            library = np.asarray(counts.sum(axis=1)).ravel() + 1
-            is_control = label == self.control
-            condition = Condition(self.cell_type, Perturbation.parse(label), batch, is_control)
-            names = [f"{self.cell_type}-{number}-{i}" for i in range(size)]
-            cells = pd.DataFrame({"barcode": names}) if self.names_cells else None
-            codes = generator.integers(0, len(self.codes), size) if batch is None else None
-            yield condition, label, counts, library, cells, codes
-
-
-def write(path, parts, *, batches=None):
-    """Write the conditions of all parts as one store."""
-    first = parts[0]
-    with StoreWriter(
-        path,
-        genes=GeneVocabulary(first.genes),
-        columns=first.columns,
-        control=first.control,
-        codec=Codec.zstd,
-        shard_bytes=20_000,
-        provenance={"from": [part.cell_type for part in parts]},
-        library=first.library,
-        batches=batches or first.codes,
-        facts={"condition_by": first.condition_by},
-    ) as writer:
-        for part in parts:
-            for condition, label, counts, library, cells, codes in part.conditions():
-                writer.add(condition, label, counts, library, cells=cells, batch_codes=codes)
-    return path
-
+from scale.types import StoreError
 
 PARTS = (Part("A549", seed=1), Part("K562", ("crizotinib", "bortezomib"), ("p2", "p3"), seed=2))
 
@@ -193,12 +130,6 @@ def test_a_merged_store_trains(folder):
 # --- codes of batches ---------------------------------------------------------------------------
 
 
-def coded(cell_type, names, seed, **changes):
-    return Part(
-        cell_type, batches=names[:1], codes=names, condition_by="perturbation", seed=seed, **changes
-    )
-
-
 @pytest.mark.parametrize("swapped", [False, True])
 def test_codes_keep_their_meaning_where_one_table_begins_the_other(tmp_path, swapped):
     parts = [coded("A549", ("g1", "g2"), 4), coded("K562", ("g1", "g2", "g7"), 5)]
@@ -229,7 +160,10 @@ def test_codes_that_mean_other_batches_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"genes": ("other", *GENES[1:])}, r"differ in genes: 300 and 300, 299 in common"),
+        (
+            {"genes": ("other", *Part("A").genes[1:])},
+            r"differ in genes: 300 and 300, 299 in common",
+        ),
         ({"library": {"over": "all", "num_genes": 500}}, r"library: .*400.* and .*500"),
         ({"control": "vehicle"}, r"control: 'DMSO' and 'vehicle'"),
         ({"columns": {"perturbation": "drug", "cell_type": "cell"}}, r"columns: .*'line'.*'cell'"),
