@@ -10,7 +10,7 @@ from scale.data.ingest.h5ad import H5adSource
 from scale.data.ingest.scdl import ScdlSource
 from scale.data.ingest.source import Source, find_files
 from scale.data.ingest.tahoe import TahoeSource
-from scale.data.ingest.tahoe_tables import WHERE_TABLES_ARE, TahoeTables
+from scale.data.ingest.tahoe_tables import WHERE_TABLES_ARE, read_tables
 from scale.data.simulate import SimulationConfig, simulate
 from scale.types import SourceError
 
@@ -39,5 +39,5 @@ def make_sources(config: PrepareConfig) -> list[Source]:
         case SourceFormat.tahoe_parquet:
             if settings.metadata is None:
                 raise SourceError(f"source.metadata is not given; {WHERE_TABLES_ARE}")
-            tables = TahoeTables.read(Path(settings.metadata))
-            return [TahoeSource(path, tables) for path in paths]
+            read_tables(Path(settings.metadata))  # what is wrong with them is known before any file
+            return [TahoeSource(path, Path(settings.metadata)) for path in paths]

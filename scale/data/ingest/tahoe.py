@@ -23,7 +23,7 @@ import scipy.sparse as sp
 from scale.data.ingest.labels import merge_equal, numbers_of, text_of
 from scale.data.ingest.source import MatrixInfo, ObsColumn
 from scale.data.ingest.tahoe_rows import TOKENS, VALUES, TokenRows
-from scale.data.ingest.tahoe_tables import CELL_NAME, TahoeTables
+from scale.data.ingest.tahoe_tables import CELL_NAME, TahoeTables, read_tables
 from scale.data.parquet_rows import ParquetRows
 from scale.data.tahoe import ROW_SCHEMA
 from scale.types import SourceError, did_you_mean
@@ -102,7 +102,7 @@ class TahoeFile:
     def barcodes(self, start: int, stop: int) -> npt.NDArray[np.str_]:
         """Return the barcodes from row ``start`` to ``stop``."""
         with self._reading(f"the barcodes of rows {start} to {stop - 1}"):
-            values = self._barcode_rows.read(start, stop).column(0)
+            values = self._barcode_rows.read(start, stop).column(0).fill_null("")
         return np.array(values.to_numpy(), dtype=np.str_)
 
     @cached_property
@@ -212,15 +212,15 @@ class TahoeSource:
     ----------
     path
         A parquet file of the dataset.
-    tables
-        The metadata that its rows refer to, shared by all files.
+    metadata
+        Folder with the tables that its rows refer to.
     """
 
-    def __init__(self, path: Path, tables: TahoeTables) -> None:
+    def __init__(self, path: Path, metadata: Path) -> None:
         self.path: Path | None = path
         self.name = str(path)
         self._file = path
-        self._tables = tables
+        self._metadata = metadata
 
     @contextmanager
     def open(self) -> Iterator[TahoeFile]:
@@ -229,8 +229,10 @@ class TahoeSource:
         Raises
         ------
         SourceError
-            If the file is no whole parquet file, or its columns are not those of Tahoe-100M.
+            If the file is no whole parquet file, its columns are not those of Tahoe-100M, or a
+            table is missing.
         """
+        tables = read_tables(self._metadata)
         try:
             schema = pq.read_schema(self._file)
             parquet = pq.ParquetFile(
@@ -244,7 +246,7 @@ class TahoeSource:
                 f"{self.name} cannot be opened as parquet ({error}); expected a whole file"
             ) from error
         with parquet:
-            yield TahoeFile(self._file, parquet, self._tables)
+            yield TahoeFile(self._file, parquet, tables)
 
 
 def _mapped(column: ObsColumn, values: list[str | None]) -> ObsColumn:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,17 @@ class TahoeTables:
                     f"{', '.join(double[other].iloc[:5])}; set columns.cell_type=cell_line_id"
                 )
         return dict(zip(pairs[_CELL_LINE_ID], pairs[CELL_NAME], strict=True))
+
+
+def read_tables(folder: Path) -> TahoeTables:
+    """Return the tables of a folder, read once per process however many files refer to them."""
+    paths = [folder / f"{name}.parquet" for name in ("gene_metadata", "sample_metadata")]
+    return _tables_at(folder, tuple(p.stat().st_mtime_ns if p.exists() else 0 for p in paths))
+
+
+@lru_cache(maxsize=1)
+def _tables_at(folder: Path, changed: tuple[int, ...]) -> TahoeTables:
+    return TahoeTables.read(folder)
 
 
 def _read(folder: Path, name: str, needed: Sequence[str]) -> pd.DataFrame:
