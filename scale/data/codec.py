@@ -91,6 +91,13 @@ class CellChunk:
         """Number of stored counts, M."""
         return len(self.gap_M)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the chunk in a shard if it is not compressed."""
+        codes = 0 if self.batch_code_N is None else 2 * self.num_cells
+        exceptions = len(self.gap_high_E) + len(self.count_high_F)
+        return _HEAD.size + 6 * self.num_cells + codes + 6 * exceptions + 2 * self.num_nonzero
+
     def select_rows(self, rows: IntArray) -> CellChunk:
         """Return the cells at ``rows`` (distinct), in that order."""
         size_all = self.num_nonzero_N.astype(np.int64)
@@ -172,6 +179,11 @@ def encode_chunk(cells: CsrCounts, *, codec: Codec) -> bytes:
     >>> parse_chunk(encode_chunk(cells, codec=Codec.zstd)).to_csr().indices_M.tolist()
     [3, 700]
     """
+    return encode_streams(chunk_of(cells), codec=codec)
+
+
+def chunk_of(cells: CsrCounts) -> CellChunk:
+    """Return the streams of up to 64 cells."""
     size = np.diff(cells.indptr_P)
     if not 1 <= len(size) <= CHUNK_CELLS or size.max() > LARGEST_ROW:
         raise ValueError(f"{len(size)} cells, most non-zeros {size.max(initial=0)}: no chunk")
@@ -182,29 +194,40 @@ def encode_chunk(cells: CsrCounts, *, codec: Codec) -> bytes:
     less = cells.counts_M - np.uint32(1)
     gap_position = np.flatnonzero(gap > 255)
     count_position = np.flatnonzero(less > 255)
-    streams = [gap.astype(np.uint8).tobytes(), less.astype(np.uint8).tobytes()]
+    return CellChunk(
+        cells.library_N,
+        size.astype(np.uint16),
+        cells.batch_code_N,
+        gap.astype(np.uint8),
+        less.astype(np.uint8),
+        gap_position.astype(np.uint32),
+        (gap[gap_position] >> 8).astype(np.uint16),
+        count_position.astype(np.uint32),
+        (less[count_position] >> 8).astype(np.uint16),
+    )
+
+
+def encode_streams(chunk: CellChunk, *, codec: Codec) -> bytes:
+    """Return the blob of a chunk: the one place that knows the layout."""
+    streams: list[bytes] = [chunk.gap_M.tobytes(), chunk.count_M.tobytes()]
     if codec is Codec.zstd:
         streams = [_compressors.write.compress(stream) for stream in streams]
-    parts = [
-        cells.library_N.astype("<u4"),
-        gap_position.astype("<u4"),
-        count_position.astype("<u4"),
-        size.astype("<u2"),
+    codes = [] if chunk.batch_code_N is None else [chunk.batch_code_N]
+    parts: list[npt.NDArray[Any]] = [
+        *(chunk.library_N, chunk.gap_position_E, chunk.count_position_F),
+        *(chunk.num_nonzero_N, *codes, chunk.gap_high_E, chunk.count_high_F),
     ]
-    if cells.batch_code_N is not None:
-        parts.append(cells.batch_code_N.astype("<u2"))
-    parts += [(gap[gap_position] >> 8).astype("<u2"), (less[count_position] >> 8).astype("<u2")]
     head = _HEAD.pack(
         _MAGIC,
         _VERSION,
         KIND_COUNTS,
         _CODECS[codec],
-        0 if cells.batch_code_N is None else _HAS_BATCH,
-        len(size),
+        _HAS_BATCH if codes else 0,
+        chunk.num_cells,
         0,
-        len(gap),
-        len(gap_position),
-        len(count_position),
+        chunk.num_nonzero,
+        len(chunk.gap_high_E),
+        len(chunk.count_high_F),
         *(len(stream) for stream in streams),
     )
     return b"".join([head, *(part.tobytes() for part in parts), *streams])

@@ -198,6 +198,21 @@ class StreamingMoments:
         self._nonzero_G += other._nonzero_G
         self.num_cells += other.num_cells
 
+    def sums(self) -> npt.NDArray[np.float64]:
+        """Return per gene the sum of values, of their squares, and of what is not 0: [3, G]."""
+        return np.stack([self._sum_G, self._square_G, self._nonzero_G])
+
+    @classmethod
+    def from_sums(
+        cls, sums_3G: npt.NDArray[np.float64], num_cells: int, flavor: GeneFlavor
+    ) -> StreamingMoments:
+        """Undo :meth:`sums`."""
+        moments = cls(sums_3G.shape[1], flavor)
+        moments.num_cells = num_cells
+        moments._sum_G, moments._square_G = sums_3G[0].copy(), sums_3G[1].copy()
+        moments._nonzero_G = sums_3G[2].astype(np.int64)
+        return moments
+
     def table(self) -> pd.DataFrame:
         """Return num_cells (with the gene), mean, variance and dispersion_norm per gene."""
         if self.num_cells < 2:

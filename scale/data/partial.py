@@ -1,7 +1,9 @@
 """A directory that is whole or absent: written under another name, renamed when complete.
 
-An error on the way removes what was written. A process that was killed leaves ``DIR.partial``,
-which the next writer of that name clears; a lock tells it from one that is still being written.
+While ``DIR`` is being written there is ``DIR.partial``; its folder ``content`` gets the name in the
+end, what else is in it is a matter of the writer. An error on the way removes what was written,
+unless the writer can go on later. A lock tells the rest of a process that was killed from a
+directory that is still being written.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ class PartialDirectory:
         ``mark``: a misspelt path must not cost somebody's home directory.
     mark
         Name of the file that says that a directory is of our kind.
+    keep
+        Name of a file in ``folder``: if it is there, what an earlier writer has left stays, else it
+        is removed.
 
     Raises
     ------
@@ -37,13 +42,18 @@ class PartialDirectory:
         If the directory exists and may not be replaced, or another process is writing it.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool, mark: str) -> None:
+    def __init__(self, path: Path, *, overwrite: bool, mark: str, keep: str | None = None) -> None:
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.folder = path.with_name(path.name + ".partial")
+        """Where the writer may keep files of its own."""
+        self.partial = self.folder / "content"
+        """What gets the name."""
         self._replaced = path.with_name(path.name + ".replaced")
         self._overwrite, self._mark = overwrite, mark
         self._lock: int | None = None
         self._claim()
+        if keep is None or not (self.folder / keep).exists():
+            self.clear()
 
     @property
     def is_open(self) -> bool:
@@ -55,23 +65,27 @@ class PartialDirectory:
             self._replaced.rename(self.path)  # a process was killed between two renames
         self._refuse_existing()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.partial.mkdir(exist_ok=True)
-        lock = os.open(self.partial, os.O_RDONLY | os.O_CLOEXEC)
+        self.folder.mkdir(exist_ok=True)
+        lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(lock)
             raise StoreError(
-                f"another process is writing {self.partial}; wait for it, or choose another name"
+                f"another process is writing {self.folder}; wait for it, or choose another name"
             ) from error
         except OSError as error:  # some network file systems have no locks
-            logger.warning("%s is not locked: %s", self.partial, error.strerror)
+            logger.warning("%s is not locked: %s", self.folder, error.strerror)
         self._lock = lock
-        for left in self.partial.iterdir():
+
+    def clear(self) -> None:
+        """Remove everything that was written."""
+        for left in self.folder.iterdir():
             if left.is_dir():
                 shutil.rmtree(left)
             else:
                 left.unlink()
+        self.partial.mkdir()
 
     def _refuse_existing(self) -> None:
         if not self.path.exists():
@@ -95,7 +109,7 @@ class PartialDirectory:
             self.path.rename(self._replaced)
         self.partial.rename(self.path)
         sync_directory(self.path.parent)
-        self._release()
+        self.abort()
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
 
@@ -103,12 +117,13 @@ class PartialDirectory:
         """Remove what was written; a directory that was to be replaced stays."""
         if self._lock is None:
             return
-        shutil.rmtree(self.partial, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         if self._replaced.exists() and not self.path.exists():
             self._replaced.rename(self.path)
-        self._release()
+        self.leave()
 
-    def _release(self) -> None:
+    def leave(self) -> None:
+        """Let go of the name, and keep what was written for a later start."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

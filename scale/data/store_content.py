@@ -85,7 +85,7 @@ class StoreContent:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def write_content(partial: Path, content: StoreContent, shards: Sequence[dict[str, Any]]) -> None:
+def write_content(partial: Path, content: StoreContent, written: Sequence[dict[str, Any]]) -> None:
     """Write everything but the shards into ``partial``, the manifest last, and sync it all.
 
     The directory is a whole store afterwards; it only has to be given its name.
@@ -96,9 +96,9 @@ def write_content(partial: Path, content: StoreContent, shards: Sequence[dict[st
         Holds the shards, possibly ``cells/*.parquet``, and nothing that is not the store's.
     content
         What is written.
-    shards
-        Entries of the manifest for the shards, in the order of their numbers; they have been
-        hashed and synced by whoever wrote them.
+    written
+        Entries of the manifest for files that have been hashed and synced by whoever wrote them:
+        the shards, in the order of their numbers, and possibly others.
     """
     last_chunk = np.cumsum([stored.num_chunks for stored in content.conditions])
     if not len(last_chunk) or last_chunk[-1] != len(content.chunks):
@@ -129,7 +129,7 @@ def write_content(partial: Path, content: StoreContent, shards: Sequence[dict[st
         "shuffle_seed": None,
         **content.facts,
         "fingerprint": content_fingerprint(content),
-        "files": [*shards, *_other_files(partial, shards)],
+        "files": [*written, *_other_files(partial, written)],
     }
     with (partial / MANIFEST).open("wb") as handle:
         handle.write(seal(manifest))
@@ -175,8 +175,8 @@ def file_entry(root: Path, name: str) -> dict[str, Any]:
     return {"path": name, "size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def _other_files(partial: Path, shards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    known = {entry["path"] for entry in shards} | {MANIFEST}
+def _other_files(partial: Path, written: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    known = {entry["path"] for entry in written} | {MANIFEST}
     names = (file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
     return [file_entry(partial, name) for name in sorted(names) if name not in known]
 

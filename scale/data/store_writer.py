@@ -17,11 +17,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from scale.config import Codec
-from scale.data.codec import CHUNK_CELLS, encode_chunk
+from scale.data.codec import CHUNK_CELLS, chunk_of, encode_streams
 from scale.data.csr import NO_BATCH, CsrCounts, checked_counts
 from scale.data.genes import GeneVocabulary
 from scale.data.partial import PartialDirectory
-from scale.data.shards import ShardWriter
+from scale.data.shard_writer import ShardWriter
 from scale.data.store_content import (
     StoreContent,
     StoredCondition,
@@ -54,7 +54,7 @@ class StoreWriter:
     codec
         Compression of treated chunks; control chunks have none.
     shard_bytes
-        A shard that would grow beyond is ended.
+        A shard is ended before it would hold more than this, counted before compression.
     provenance
         What made the store, for ``prepare.json``: JSON values.
     gene_table
@@ -189,9 +189,13 @@ class StoreWriter:
         chunks = np.zeros(len(starts), CHUNK_DTYPE)
         for i, start in enumerate(starts):
             part = counts.slice(start, min(start + CHUNK_CELLS, counts.num_cells))
-            blob = encode_chunk(part, codec=codec)
+            chunk = chunk_of(part)
+            blob = encode_streams(chunk, codec=codec)
             shard, offset = self._shards.append(
-                blob, cell_type=condition.cell_type, is_control=condition.is_control
+                blob,
+                chunk.num_bytes,
+                cell_type=condition.cell_type,
+                is_control=condition.is_control,
             )
             chunks[i] = (
                 0,

@@ -28,9 +28,9 @@ from scale.config import (
 )
 from scale.data.genes import StreamingMoments
 from scale.data.ingest.counts import recover_counts
-from scale.data.ingest.grouping import CellGroups, GroupedCells
 from scale.data.ingest.h5ad import H5adSource
 from scale.data.ingest.prepare import prepare
+from scale.data.ingest.stages import Sizes
 from scale.data.partial import PartialDirectory
 from scale.data.store import CellSetStore
 from scale.tasks import prepare as prepare_task
@@ -80,8 +80,8 @@ def settings(files, store, *, columns=None, genes=None, **changes):
     return PrepareConfig(**(values | changes))
 
 
-def make_store(files, store, *, block_cells=4096, **changes):
-    prepare(settings(files, store, **changes), block_cells=block_cells)
+def make_store(files, store, *, sizes=None, **changes):
+    prepare(settings(files, store, **changes), sizes=sizes)
     return CellSetStore.open(store, verify="full")
 
 
@@ -168,7 +168,7 @@ def test_the_order_within_a_condition_is_random_and_follows_the_seed(source, tmp
 
 @pytest.mark.parametrize("block_cells", [1, 17, 10_000])
 def test_the_store_does_not_depend_on_block_size(source, tmp_path, fingerprint, block_cells):
-    store = make_store([source], tmp_path / "store", block_cells=block_cells)
+    store = make_store([source], tmp_path / "store", sizes=Sizes(block_cells=block_cells))
     assert store.fingerprint == fingerprint
 
 
@@ -261,7 +261,7 @@ def test_the_store_does_not_depend_on_how_counts_are_kept(source, tmp_path, fing
     adata = ad.read_h5ad(source)
     form(adata)
     path = write(adata, tmp_path / "cells.h5ad")
-    store = make_store([path], tmp_path / "store", block_cells=100)
+    store = make_store([path], tmp_path / "store", sizes=Sizes(block_cells=100))
     assert store.fingerprint == fingerprint
     expected = "recovered" if "log" in form.__name__ else "read"
     assert store.manifest["counts"] == expected
@@ -276,33 +276,6 @@ def test_an_anndata_in_memory_is_read_as_its_file_is(source, tmp_path):
     np.testing.assert_array_equal(on_disk[0], in_memory[0])
     assert on_disk[1] == in_memory[1]
     np.testing.assert_array_equal(on_disk[2].codes_N, in_memory[2].codes_N)
-
-
-def test_spilled_cells_come_back_bit_for_bit(tmp_path):
-    rng = np.random.default_rng(0)
-    num_cells, num_genes = 300, 70_000
-    counts = sp.random(num_cells, num_genes, 1e-3, format="csr", rng=rng)
-    counts.data = rng.integers(1, 2**24, len(counts.data)).astype(np.uint32)
-    counts.sort_indices()
-    cells = GroupedCells(
-        rng.integers(0, 5, num_cells).astype(np.int32),
-        rng.permutation(10 * num_cells)[:num_cells].astype(np.uint64),
-        rng.integers(-1, 3, num_cells).astype(np.int32),
-        rng.integers(0, 2**32, num_cells, dtype=np.uint32),
-        counts,
-    )
-    results = []
-    for memory_bytes in (1 << 30, 0):
-        groups = CellGroups(5, num_genes, seed=3, memory_bytes=memory_bytes, spill_dir=tmp_path)
-        for start in range(0, num_cells, 70):
-            groups.add(cells.take(slice(start, min(start + 70, num_cells))))
-        results.append(list(groups.read(np.arange(5))))
-        assert (groups.spilled_bytes > 0) == (memory_bytes == 0)
-    for held, spilled in zip(*results, strict=True):
-        np.testing.assert_array_equal(held.ordinal_N, spilled.ordinal_N)
-        np.testing.assert_array_equal(held.batch_N, spilled.batch_N)
-        np.testing.assert_array_equal(held.library_N, spilled.library_N)
-        assert (held.counts != spilled.counts).nnz == 0
 
 
 # --- labels -------------------------------------------------------------------------------------
@@ -815,7 +788,7 @@ def test_a_store_that_exists_is_kept_unless_told(source, tmp_path, fingerprint):
 
 
 def test_two_runs_cannot_write_one_store(source, tmp_path):
-    claim = PartialDirectory(tmp_path / "store.spill", overwrite=False, mark="")
+    claim = PartialDirectory(tmp_path / "store", overwrite=False, mark="")
     with pytest.raises(StoreError, match="another process is writing"):
         prepare(settings([source], tmp_path / "store"))
     claim.abort()
@@ -830,18 +803,17 @@ def test_a_failing_overwrite_keeps_the_old_store(source, tmp_path, fingerprint):
     assert CellSetStore.open(store, verify="full").fingerprint == fingerprint
 
 
-@pytest.mark.parametrize("memory_bytes", [1 << 32, 100_000])
-def test_a_full_disk_leaves_nothing(source, tmp_path, memory_bytes):
+def test_a_full_disk_leaves_no_store_and_the_same_command_goes_on(source, tmp_path, fingerprint):
     script = (
         "import sys, test_prepare as t\n"
-        "t.prepare(t.settings([sys.argv[1]], sys.argv[2], memory_bytes=int(sys.argv[3])))\n"
+        "t.prepare(t.settings([sys.argv[1]], sys.argv[2]))\n"
     )
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8_192, 8_192))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, 16_384))
 
     done = subprocess.run(
-        [sys.executable, "-c", script, source, tmp_path / "store", str(memory_bytes)],
+        [sys.executable, "-c", script, source, tmp_path / "store"],
         preexec_fn=limit,
         env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"},
         capture_output=True,
@@ -850,7 +822,10 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, memory_bytes):
     )
     assert done.returncode == 1
     assert "OSError" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert "store.partial keeps what is done; the same command goes on" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["store.partial"]
+    assert make_store([source], tmp_path / "store").fingerprint == fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 # --- the task -----------------------------------------------------------------------------------

@@ -29,8 +29,9 @@ MAX_COUNT = 1 << 24
 """The last whole number up to which float32 holds every one."""
 REQUIRED_SHARE = 0.999
 """Of the cells of a file must be recovered, or the file is refused."""
-_SAMPLE_CELLS = 4096
-_SAMPLE_RUNS = 16
+SAMPLE_CELLS = 4096
+"""Cells that are looked at from the first on; as many more are spread over the file."""
+_RUN_CELLS = 256
 _MAX_SMALLEST = 8
 _TOLERANCE = 1e-3
 _NUMBERS = "biuf"
@@ -72,6 +73,8 @@ def find_counts(
     requested: str,
     policy: CountsPolicy,
     library_N: npt.NDArray[np.float64] | None,
+    *,
+    sample_cells: int = SAMPLE_CELLS,
 ) -> CountsPlace:
     """Return where the counts of a file are.
 
@@ -87,6 +90,9 @@ def find_counts(
         Whether recovery is allowed.
     library_N
         Total counts per cell of the whole file, if a column has them.
+    sample_cells
+        Cells that are looked at to see whether values are whole; every value is checked when it is
+        read.
 
     Raises
     ------
@@ -101,7 +107,7 @@ def find_counts(
     if not candidates:
         raise SourceError(f"{file.name} has neither layers/counts, raw/X nor X; set counts")
     for location in candidates:
-        if all(_is_whole(block.data) for _, block in _sample(file, location)):
+        if all(_is_whole(block.data) for _, block in _sample(file, location, sample_cells)):
             return CountsPlace(location, is_recovered=False)
     location = candidates[-1]
     if policy is CountsPolicy.require:
@@ -215,14 +221,16 @@ def _is_rint(data_M: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return np.asarray(np.rint(data_M) == data_M)
 
 
-def _sample(file: SourceFile, location: str) -> Iterator[tuple[int, sp.csr_matrix]]:
+def _sample(
+    file: SourceFile, location: str, num_cells: int = SAMPLE_CELLS
+) -> Iterator[tuple[int, sp.csr_matrix]]:
     """Yield the first cells of a file, and as many in runs spread over it."""
-    run = _SAMPLE_CELLS // _SAMPLE_RUNS
-    starts = [*range(0, min(_SAMPLE_CELLS, file.num_cells), run)]
-    if file.num_cells > _SAMPLE_CELLS:
+    run = _RUN_CELLS
+    starts = [*range(0, min(num_cells, file.num_cells), run)]
+    if file.num_cells > num_cells:
         # Keyed by the number of cells: a sample that repeats on the same file.
         starts += [
-            derive(file.num_cells, i) % (file.num_cells - run + 1) for i in range(_SAMPLE_RUNS)
+            derive(file.num_cells, i) % (file.num_cells - run + 1) for i in range(num_cells // run)
         ]
     for start in starts:
         yield start, file.rows(location, start, min(start + run, file.num_cells))

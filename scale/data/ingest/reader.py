@@ -1,340 +1,379 @@
-"""All input files as one stream of checked cells: counts, library, condition, batch.
+"""A piece of an input file as blocks of checked cells: counts, totals, condition, batch.
 
-``prepare`` walks the stream once or twice (the choice of genes needs a pass of its own); what is
-left out on the way is counted by reason. Nothing here depends on how the stream is cut into blocks.
+What is left out on the way is counted by reason. Nothing here depends on how the input is cut into
+pieces and blocks.
 
-Shapes: N = cells of a block, G = genes of the source.
+Shapes: N = cells of a file, R = cells of a block that are wanted, G = genes of the source.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from scale.config import ColumnsConfig, CountsPolicy
-from scale.data.genes import GeneVocabulary
-from scale.data.ingest.counts import (
-    REQUIRED_SHARE,
-    CountsPlace,
-    check_counts,
-    find_counts,
-    recover_counts,
-)
-from scale.data.ingest.grouping import GroupedCells
-from scale.data.ingest.kernels import keep_columns, sum_rows
-from scale.data.ingest.scan import Scan
+from scale.data.csr import LARGEST_ROW
+from scale.data.ingest.counts import MAX_COUNT, CountsPlace, check_counts, recover_counts
+from scale.data.ingest.kernels import SOUND, TOO_LONG, check_rows, pack_rows
+from scale.data.ingest.packing import PackedCells
 from scale.data.ingest.source import Source, SourceFile
 from scale.types import SourceError
 
-LEFT_OUT_BY_WHERE = "left out by where"
 EMPTY_LIBRARY = "no counts"
 NOT_RECOVERED = "counts not recovered"
 MAX_LIBRARY = 2**32 - 1
 """Largest total that a store holds."""
+BLOCK_BYTES = 64 << 20
+"""A block is read with its copies in about so much memory."""
+LABEL_DTYPE = np.dtype([("condition", "<i4"), ("batch", "<u2"), ("library", "<f8")])
+"""What is known of a cell before its counts are read: ``library`` is NaN without a column."""
 
 Columns = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class _FileFacts:
-    """What the first look at a file found."""
-
-    place: CountsPlace
-    column_G: Columns
-    """Position in the file of each gene of the vocabulary."""
-    first_ordinal: int
-
-
-class CountReader:
-    """The stream of cells behind all sources.
+class FileLook:
+    """What the first look at a file found.
 
     Parameters
     ----------
-    sources
-        In the order that numbers the cells.
-    scan
-        Takes the labels of every file on the way.
-    columns, counts, policy
-        Settings of ``prepare``.
-    memory_bytes
-        Bounds a block.
+    name, num_cells
+        The file.
+    place
+        Where its counts are.
+    column_G
+        Position in the file of each gene of the vocabulary; None = the same order.
+    num_nonzero
+        Non-zeros per cell, about.
+    is_whole
+        The matrix can only be read as a whole (CSC).
+    """
+
+    name: str
+    num_cells: int
+    place: CountsPlace
+    column_G: npt.NDArray[np.int32] | None
+    num_nonzero: float
+    is_whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Cells of one file that one task reads.
+
+    Parameters
+    ----------
+    number
+        Of the piece.
+    file, source, look
+        Number of the file, the file, and what is known of it.
+    start, stop
+        Rows.
+    first_ordinal
+        Number in the whole source of the first cell of the file.
+    """
+
+    number: int
+    file: int
+    source: Source
+    look: FileLook
+    start: int
+    stop: int
+    first_ordinal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Wanted cells of some rows.
+
+    Parameters
+    ----------
+    row_R, at_R
+        Their rows in the file and in ``matrix``.
+    matrix
+        Values that are to be counts, not checked yet.
+    given_R
+        Total counts from a column, or None.
+    is_exact_R
+        Cells whose counts are known; False where they could not be recovered.
+    """
+
+    row_R: Columns
+    at_R: Columns
+    matrix: sp.csr_matrix
+    given_R: Floats | None
+    is_exact_R: npt.NDArray[np.bool_]
+
+
+class PieceReader:
+    """Reads the wanted cells of a piece.
+
+    Parameters
+    ----------
+    piece
+        What is read.
+    labels_N
+        ``LABEL_DTYPE`` of the piece's cells.
+    is_wanted_C
+        Per condition, whether its cells are wanted.
+    library_column
+        Name of the column of total counts, for messages; None = there is none.
     block_cells
         Most cells of a block.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
-        scan: Scan,
+        piece: Piece,
+        labels_N: npt.NDArray[np.void],
+        is_wanted_C: npt.NDArray[np.bool_],
         *,
-        columns: ColumnsConfig,
-        counts: str,
-        policy: CountsPolicy,
-        memory_bytes: int,
+        library_column: str | None,
         block_cells: int,
     ) -> None:
-        self.genes: GeneVocabulary
-        self.num_cells = 0
         self.dropped: Counter[str] = Counter()
-        """Cells left out by the latest pass, by reason."""
-        self._sources = sources
-        self._scan = scan
-        self._columns = columns
-        self._memory_bytes = memory_bytes
-        self._block_cells = block_cells
-        self._facts: list[_FileFacts] = []
-        requested = counts
-        for number, source in enumerate(sources):
-            with source.open() as file:
-                scan.add(file)  # first: mistakes in labels are cheap to find
-                place = find_counts(file, requested, policy, self._library(file))
-                if number == 0:
-                    self.genes = _vocabulary(file, place.location)
-                    requested = place.location
-                self._check_same_place(file, place)
-                column_G = self._align(file, place.location)
-                self._facts.append(_FileFacts(place, column_G, self.num_cells))
-                self.num_cells += file.num_cells
+        """Wanted cells left out so far, by reason."""
+        self.num_tried = 0
+        """Wanted cells so far."""
+        self._piece = piece
+        self._file = opened(piece.source)
+        self._location = piece.look.place.location
+        self._labels_N = labels_N
+        self._library_column = library_column
+        self._is_wanted_N = np.append(is_wanted_C, False)[labels_N["condition"]]
+        info = self._file.matrix(self._location)
+        bytes_per_cell = max(1, info.num_bytes // self._file.num_cells) * 4  # with its copies
+        self._block_cells = max(1, min(block_cells, BLOCK_BYTES // bytes_per_cell))
 
-    @property
-    def location(self) -> str:
-        """Where the counts are."""
-        return self._facts[0].place.location
+    def totals(self, report: Callable[[int], None]) -> Iterator[tuple[sp.csr_matrix, Columns]]:
+        """Yield checked cells, genes in the order of the vocabulary, and their total counts."""
+        column_G = self._piece.look.column_G
+        target = None if column_G is None else np.argsort(column_G).astype(np.int32)
+        for block in self._blocks(report):
+            total_R = np.empty(len(block.row_R), np.int64)
+            checked = self._checked(block, partial(_sum_rows, total_R))
+            used = self._used(checked, total_R)
+            matrix = checked.matrix
+            if len(used) < matrix.shape[0]:
+                matrix = matrix[checked.at_R[used]]
+            if target is not None:
+                parts = (matrix.data, target[matrix.indices], matrix.indptr)
+                matrix = sp.csr_matrix(parts, shape=matrix.shape)
+            yield matrix, self._library(checked, total_R)[used]
 
-    @property
-    def is_recovered(self) -> bool:
-        """Whether counts are recovered from log1p values."""
-        return self._facts[0].place.is_recovered
-
-    def blocks(
-        self,
-        gene_columns: Columns,
-        is_wanted_C: npt.NDArray[np.bool_] | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[GroupedCells]:
-        """Yield all cells that are kept, with the counts of some genes and the library over all.
+    def cells(
+        self, target_G: npt.NDArray[np.int32], report: Callable[[int], None]
+    ) -> Iterator[PackedCells]:
+        """Yield checked and packed cells.
 
         Parameters
         ----------
-        gene_columns
-            Genes to keep as positions in :attr:`genes`, in the order they are wanted.
-        is_wanted_C
-            Per condition, whether its cells are wanted; None = all.
-        progress
-            Called with cells read and all cells.
+        target_G
+            Stored column of each gene of the FILE; -1 = not stored.
+        report
+            Called with the cells that have been read since it last was.
         """
-        self.dropped = Counter()
-        for source, facts in zip(self._sources, self._facts, strict=True):
-            with source.open() as file:
-                yield from self._file_blocks(file, facts, gene_columns, is_wanted_C, progress)
-
-    # --- one file -------------------------------------------------------------------------------
-
-    def _file_blocks(
-        self,
-        file: SourceFile,
-        facts: _FileFacts,
-        gene_columns: Columns,
-        is_wanted_C: npt.NDArray[np.bool_] | None,
-        progress: Callable[[int, int], None] | None,
-    ) -> Iterator[GroupedCells]:
-        codes = self._scan.codes(file)
-        library_N = self._library(file)
-        target_G = np.full(len(facts.column_G), -1, dtype=np.int32)
-        target_G[facts.column_G[gene_columns]] = np.arange(len(gene_columns), dtype=np.int32)
-        is_kept_N = codes.condition_N >= 0
-        self.dropped[LEFT_OUT_BY_WHERE] += int((~is_kept_N).sum())
-        if is_wanted_C is not None:
-            is_kept_N &= np.append(is_wanted_C, False)[codes.condition_N]
-        num_refused, num_tried = 0, int(is_kept_N.sum())
-        step = self._rows_per_block(file, facts.place.location)
-        for start in range(0, file.num_cells, step):
-            stop = min(start + step, file.num_cells)
-            row_N = start + np.flatnonzero(is_kept_N[start:stop])
-            if len(row_N):
-                block = file.rows(facts.place.location, start, stop)
-                if len(row_N) < stop - start:
-                    block = block[row_N - start]
-                given_N = self._given_totals(file, row_N, library_N)
-                counts, is_exact_N = self._counts(file, facts.place, row_N, block, given_N)
-                num_refused += int((~is_exact_N).sum())
-                total_N = _totals(file, row_N, counts, given_N)
-                is_used_N = is_exact_N & (total_N > 0)
-                self.dropped[EMPTY_LIBRARY] += int((is_exact_N & ~is_used_N).sum())
-                used = np.flatnonzero(is_used_N)
-                row_N = row_N[used]
-                if len(used) < len(is_used_N):
-                    counts = counts[used]
-                yield GroupedCells(
-                    codes.condition_N[row_N],
-                    (row_N + facts.first_ordinal).astype(np.uint64),
-                    codes.batch_N[row_N],
-                    total_N[used].astype(np.uint32),
-                    select_columns(counts, target_G, len(gene_columns)),
-                )
-            if progress is not None:
-                progress(facts.first_ordinal + stop, self.num_cells)
-        self.dropped[NOT_RECOVERED] += num_refused
-        if num_refused > (1 - REQUIRED_SHARE) * num_tried:
-            raise SourceError(
-                f"{file.name}: counts could be recovered for "
-                f"{100 * (1 - num_refused / num_tried):.1f} % of cells, {100 * REQUIRED_SHARE:g} % "
-                "are needed; set counts to a matrix of counts"
+        kept = target_G[target_G >= 0]
+        packer = _Packer(target_G, is_ascending=bool((np.diff(kept) > 0).all()))
+        for block in self._blocks(report):
+            checked = self._checked(block, packer.pack)
+            used = self._used(checked, packer.total_R)
+            labels_R = self._labels_N[checked.row_R - self._piece.start]
+            cells = packer.cells(
+                (checked.row_R + self._piece.first_ordinal).astype(np.uint64),
+                labels_R["condition"],
+                self._library(checked, packer.total_R).astype(np.uint32),
+                labels_R["batch"],
             )
+            yield cells if len(used) == cells.num_cells else cells.take(used)
 
-    def _counts(
-        self,
-        file: SourceFile,
-        place: CountsPlace,
-        row_N: Columns,
-        block: sp.csr_matrix,
-        given_N: Floats | None,
-    ) -> tuple[sp.csr_matrix, npt.NDArray[np.bool_]]:
-        """Return checked counts and which rows they are known for."""
-        is_exact_N = np.ones(len(row_N), dtype=bool)
-        if place.is_recovered:
-            recovered = recover_counts(block, given_N, place.target_sum)
-            block, is_exact_N = recovered.counts, recovered.is_exact_N
-        return check_counts(file, place.location, row_N, block), is_exact_N
+    # --- one block ------------------------------------------------------------------------------
 
-    def _rows_per_block(self, file: SourceFile, location: str) -> int:
-        """Return how many rows a block may have so that it takes an eighth of the memory."""
-        info = file.matrix(location)
-        bytes_per_cell = max(1, info.num_bytes // file.num_cells) * 4  # with the copies on the way
-        return max(1, min(self._block_cells, self._memory_bytes // 8 // bytes_per_cell))
+    def _blocks(self, report: Callable[[int], None]) -> Iterator[Block]:
+        piece, place = self._piece, self._piece.look.place
+        for start in range(piece.start, piece.stop, self._block_cells):
+            stop = min(start + self._block_cells, piece.stop)
+            at_R = np.flatnonzero(self._is_wanted_N[start - piece.start : stop - piece.start])
+            row_R = start + at_R
+            self.num_tried += len(row_R)
+            if len(row_R):
+                matrix = self._file.rows(self._location, start, stop)
+                given_R = self._given_totals(row_R)
+                is_exact_R = np.ones(len(row_R), dtype=bool)
+                if place.is_recovered:
+                    recovered = recover_counts(matrix[at_R], given_R, place.target_sum)
+                    matrix, is_exact_R = recovered.counts, recovered.is_exact_N
+                    at_R = np.arange(len(row_R))
+                yield Block(row_R, at_R, matrix, given_R, is_exact_R)
+            report(stop - start)
 
-    def _library(self, file: SourceFile) -> Floats | None:
-        """Return total counts from the library column, if there is one."""
-        name = self._columns.library
-        if name is None:
-            return None
-        return np.rint(file.numbers(name, "columns.library"))
+    def _checked(self, block: Block, run: Callable[[Block], int]) -> Block:
+        """Return a block for which ``run`` finds nothing to complain of; raise if there is none."""
+        status = run(block)
+        if status not in (SOUND, TOO_LONG):
+            # Tells what is wrong, or sorts the rows.
+            matrix = check_counts(self._file, self._location, block.row_R, block.matrix[block.at_R])
+            block = replace(block, matrix=matrix, at_R=np.arange(len(block.row_R)))
+            status = run(block)
+        if status == TOO_LONG:
+            size_R = np.diff(block.matrix.indptr)[block.at_R]
+            row = block.row_R[int(np.argmax(size_R))]
+            raise SourceError(
+                f"{self._file.name}: {self._location}, row {row} has counts of more than "
+                f"{LARGEST_ROW:,} genes; a store holds no more of a cell. Cut the genes"
+            )
+        assert status == SOUND
+        return block
 
-    def _given_totals(
-        self, file: SourceFile, row_N: Columns, library_N: Floats | None
-    ) -> Floats | None:
-        """Return the library column for some rows, checked."""
-        if library_N is None:
-            return None
-        given_N = library_N[row_N]
-        bad = np.flatnonzero(~np.isfinite(given_N) | (given_N < 0) | (given_N > MAX_LIBRARY))
+    def _used(self, block: Block, total_R: Columns) -> Columns:
+        """Return which cells are kept, and count the others."""
+        has_counts_R = self._library(block, total_R) > 0
+        self.dropped[NOT_RECOVERED] += int((~block.is_exact_R).sum())
+        self.dropped[EMPTY_LIBRARY] += int((block.is_exact_R & ~has_counts_R).sum())
+        return np.flatnonzero(block.is_exact_R & has_counts_R)
+
+    def _library(self, block: Block, total_R: Columns) -> Columns:
+        """Return total counts: over all genes of the matrix, or as a column gives them."""
+        given_R = block.given_R
+        if given_R is None:
+            if (total_R > MAX_LIBRARY).any():
+                row = block.row_R[int(np.argmax(total_R))]
+                raise SourceError(
+                    f"{self._file.name}: row {row} has {total_R.max():,} counts; a store holds up "
+                    f"to {MAX_LIBRARY:,} of a cell"
+                )
+            return total_R
+        bad = np.flatnonzero((given_R < total_R) & (given_R > 0))
         if len(bad):
             raise SourceError(
-                f"{file.name}: column {self._columns.library!r} (columns.library) is "
-                f"{given_N[bad[0]]:g} in row {row_N[bad[0]]}; expected total counts"
+                f"{self._file.name}: columns.library is {given_R[bad[0]]:g} in row "
+                f"{block.row_R[bad[0]]}, whose genes alone have {total_R[bad[0]]:,} counts; "
+                "expected total counts over all genes"
             )
-        return given_N
+        return given_R.astype(np.int64)
 
-    # --- agreement between files ----------------------------------------------------------------
-
-    def _check_same_place(self, file: SourceFile, place: CountsPlace) -> None:
-        if self._facts and place.is_recovered != self.is_recovered:
-            words = {True: "log1p values", False: "counts"}
+    def _given_totals(self, row_R: Columns) -> Floats | None:
+        """Return the library column for some rows, checked."""
+        if self._library_column is None:
+            return None
+        given_R = self._labels_N["library"][row_R - self._piece.start]
+        bad = np.flatnonzero(~np.isfinite(given_R) | (given_R < 0) | (given_R > MAX_LIBRARY))
+        if len(bad):
             raise SourceError(
-                f"{file.name}: {place.location} holds {words[place.is_recovered]}, but that of "
-                f"{self._sources[0].name} holds {words[self.is_recovered]}; prepare them apart, or "
-                "set counts to a matrix of counts that all files have"
+                f"{self._file.name}: column {self._library_column!r} (columns.library) is "
+                f"{given_R[bad[0]]:g} in row {row_R[bad[0]]}; expected total counts"
             )
-
-    def _align(self, file: SourceFile, location: str) -> Columns:
-        """Return the position in a file of each gene; equal sets of genes are demanded."""
-        names = file.genes(location)
-        own = _vocabulary(file, location)
-        alignment = self.genes.align(own.symbols)
-        if alignment.missing or alignment.extra:
-            raise SourceError(
-                f"{file.name} has other genes than {self._sources[0].name}: {len(names):,} against "
-                f"{len(self.genes):,}; {len(alignment.missing):,} missing"
-                f"{_first(alignment.missing)}, {len(alignment.extra):,} more"
-                f"{_first(alignment.extra)}. Cut both to the same genes"
-            )
-        return alignment.column_G
+        return np.asarray(given_R)
 
 
-def select_columns(
-    counts: sp.csr_matrix, target_G: npt.NDArray[np.int32], num: int
-) -> sp.csr_matrix:
-    """Return counts of some genes.
-
-    Parameters
-    ----------
-    counts
-        N x G, uint32 CSR.
-    target_G
-        New column of each gene; -1 = not wanted.
-    num
-        Columns of the result.
-    """
-    num_stored = len(counts.data)
-    indptr = np.zeros(counts.shape[0] + 1, dtype=np.int64)
-    indices_M, data_M = np.empty(num_stored, np.int32), np.empty(num_stored, np.uint32)
-    keep_columns(counts.indptr, counts.indices, counts.data, target_G, indptr, indices_M, data_M)
-    end = int(indptr[-1])
-    chosen = sp.csr_matrix(
-        (data_M[:end].copy(), indices_M[:end].copy(), indptr), shape=(counts.shape[0], num)
-    )
-    chosen.sort_indices()  # sorted already where the genes are in the order of the file
-    return chosen
+def _sum_rows(total_R: Columns, block: Block) -> int:
+    """Check the rows of a block and fill in their totals; return a status."""
+    matrix = block.matrix
+    values = _plain(matrix)
+    largest = float(MAX_COUNT)
+    return int(check_rows(block.at_R, matrix.indptr, matrix.indices, values, largest, total_R))
 
 
-def choose_list(genes: GeneVocabulary, path: Path) -> Columns:
-    """Return the positions of the genes of a list file, in the order of the file.
+class _Packer:
+    """Turns blocks into packed cells; its arrays are those of the latest block."""
 
-    Raises
-    ------
-    SourceError
-        If the file is missing, names a gene twice, or names genes that the source does not have.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise SourceError(f"genes.file={path} cannot be read: {error}") from error
-    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    position = {name: i for i, name in enumerate(genes.symbols)}
-    if genes.ensembl_ids is not None:
-        position = {name: i for i, name in enumerate(genes.ensembl_ids)} | position
-    unknown = [name for name in names if name not in position]
-    if unknown or not names:
-        raise SourceError(
-            f"genes.file={path}: {len(unknown):,} of {len(names):,} genes are not in the source"
-            f"{_first(unknown)}; expected one name of .var_names per line"
+    def __init__(self, target_G: npt.NDArray[np.int32], *, is_ascending: bool) -> None:
+        self._target_G, self._is_ascending = target_G, is_ascending
+        self.total_R = np.empty(0, np.int64)
+
+    def pack(self, block: Block) -> int:
+        """Write the streams of a block; return a status."""
+        matrix = block.matrix
+        num_cells, num_values = len(block.at_R), len(matrix.data)
+        self.total_R = np.empty(num_cells, np.int64)
+        # Room for the worst case; memory that nobody writes to is never taken.
+        self._arrays: dict[str, npt.NDArray[Any]] = {
+            "num_nonzero_N": np.empty(num_cells, np.uint16),
+            "num_gap_high_N": np.empty(num_cells, np.uint16),
+            "num_count_high_N": np.empty(num_cells, np.uint16),
+            "gap_M": np.empty(num_values, np.uint8),
+            "count_M": np.empty(num_values, np.uint8),
+            "gap_place_E": np.empty(num_values, np.uint16),
+            "gap_high_E": np.empty(num_values, np.uint16),
+            "count_place_F": np.empty(num_values, np.uint16),
+            "count_high_F": np.empty(num_values, np.uint16),
+        }
+        status, _, *ends = pack_rows(
+            block.at_R,
+            matrix.indptr,
+            matrix.indices,
+            _plain(matrix),
+            float(MAX_COUNT),
+            self._target_G,
+            self._is_ascending,
+            self.total_R,
+            *self._arrays.values(),
         )
-    chosen = np.array([position[name] for name in names], dtype=np.int64)
-    if len(np.unique(chosen)) < len(chosen):
-        raise SourceError(f"genes.file={path} names a gene more than once; remove the repetition")
-    return chosen
+        self._ends = dict(zip("NMEF", (num_cells, *ends), strict=True))
+        return int(status)
 
-
-def _vocabulary(file: SourceFile, location: str) -> GeneVocabulary:
-    ids = file.ensembl_ids(location)
-    try:
-        return GeneVocabulary(tuple(file.genes(location)), None if ids is None else tuple(ids))
-    except SourceError as error:
-        raise SourceError(f"{file.name}: {error}") from error
-
-
-def _totals(
-    file: SourceFile, row_N: Columns, counts: sp.csr_matrix, given_N: Floats | None
-) -> npt.NDArray[np.int64]:
-    """Return total counts per cell: over all genes of the matrix, or as a column gives them."""
-    total_N: Columns = sum_rows(counts.indptr, counts.data)
-    if given_N is None:
-        return total_N
-    bad = np.flatnonzero((given_N < total_N) & (given_N > 0))
-    if len(bad):
-        raise SourceError(
-            f"{file.name}: columns.library is {given_N[bad[0]]:g} in row {row_N[bad[0]]}, whose "
-            f"genes alone have {total_N[bad[0]]:,} counts; expected total counts over all genes"
+    def cells(
+        self,
+        ordinal_R: npt.NDArray[np.uint64],
+        condition_R: npt.NDArray[np.int32],
+        library_R: npt.NDArray[np.uint32],
+        batch_R: npt.NDArray[np.uint16],
+    ) -> PackedCells:
+        """Return the cells of the latest block, in arrays of their own size."""
+        streams: dict[str, Any] = {
+            name: array[: self._ends[name[-1]]].copy() for name, array in self._arrays.items()
+        }
+        return PackedCells(
+            ordinal_N=ordinal_R,
+            condition_N=condition_R,
+            library_N=library_R,
+            batch_N=batch_R,
+            **streams,
         )
-    return given_N.astype(np.int64)
 
 
-def _first(names: Sequence[str]) -> str:
-    return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+def _plain(matrix: sp.csr_matrix) -> npt.NDArray[Any]:
+    """Return the values in a type that compiled code knows."""
+    values: npt.NDArray[Any] = matrix.data
+    return values.astype(np.float32) if values.dtype == np.float16 else values
+
+
+# --- the file that is open ----------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Opened:
+    """The file that this process has open: the next piece is mostly of the same."""
+
+    key: object = None
+    file: SourceFile | None = None
+    stack: ExitStack | None = None
+
+
+_opened = _Opened()
+
+
+def opened(source: Source) -> SourceFile:
+    """Return the open file of a source; the one that was open before is closed."""
+    key = id(source) if source.path is None else (type(source), source.path)
+    if _opened.file is None or _opened.key != key:
+        close_opened()
+        stack = ExitStack()
+        _opened.file = stack.enter_context(source.open())
+        _opened.key, _opened.stack = key, stack
+    return _opened.file
+
+
+def close_opened() -> None:
+    """Close the file that is open, if there is one."""
+    if _opened.stack is not None:
+        _opened.stack.close()
+    _opened.key = _opened.file = _opened.stack = None

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,6 +116,38 @@ class Scan:
         unique, counts = np.unique(packed_N[kept_N], return_counts=True)
         for packed, count in zip(unique.tolist(), counts.tolist(), strict=True):
             self._counts[_unpack(packed)] += count
+
+    def merge(self, other: Scan) -> None:
+        """Take over what a scan of the files that come next has counted, as if by :meth:`add`."""
+        registers = (
+            (self._cell_types, other._cell_types),
+            (self._perturbations, other._perturbations),
+            (self._batches, other._batches),
+        )
+        targets: list[dict[int, int]] = []
+        for own, theirs in registers:
+            numbers: dict[Any, int] = own  # names of one register are all of one type
+            targets.append({i: numbers.setdefault(name, len(own)) for name, i in theirs.items()})
+        self._check_number_of_names()
+        cell_type_of, perturbation_of, batch_of = targets
+        for (cell_type, perturbation, batch), count in other._counts.items():
+            key = cell_type_of[cell_type], perturbation_of[perturbation], batch_of.get(batch, -1)
+            self._counts[key] += count
+        for number, cells in other._label_cells.items():
+            self._label_cells.setdefault(perturbation_of[number], Counter()).update(cells)
+        for name, texts in other._spellings.items():
+            self._spellings.setdefault(name, set()).update(texts)
+        for column, seen in other._where_seen.items():
+            self._where_seen[column].update(seen)
+        self._num_left_out += other._num_left_out
+
+    def _check_number_of_names(self) -> None:
+        for role, register in (("cell_type", self._cell_types), ("batch", self._batches)):
+            if len(register) > MAX_NAMES:
+                raise SourceError(
+                    f"column {getattr(self._columns, role)!r} (columns.{role}) has more than "
+                    f"{MAX_NAMES:,} different values ({len(register):,}); is it the right column?"
+                )
 
     def finish(self, condition_by: ConditionBy) -> ConditionTable:
         """Return the conditions; after this the scan knows their numbers.
@@ -231,11 +264,7 @@ class Scan:
                 )
             self._spellings.setdefault((role, text.strip()), set()).add(text)
             numbers[code] = register.setdefault(text.strip(), len(register))
-        if len(register) > MAX_NAMES:
-            raise SourceError(
-                f"column {name!r} (columns.{role}) has more than {MAX_NAMES:,} different values "
-                f"({len(register):,}); is it the right column?"
-            )
+        self._check_number_of_names()
         return numbers[column.codes_N]
 
     def _perturbation_numbers(
