@@ -136,7 +136,8 @@ def _array(group: h5py.Group, name: str, size: int, dtype: npt.DTypeLike) -> h5p
         h5py.string_dtype() if is_text else dtype,
         chunks=(min(size, _CHUNK),) if size else None,
         compression="gzip" if size else None,
-        compression_opts=1 if size else None,  # 4, the default, saves 3 % and takes twice as long
+        # 842 bytes and 65 us CPU per cell of 2,000 genes; level 4, h5py's default: 784 and 82
+        compression_opts=1 if size else None,
         shuffle=bool(size) and not is_text,
     )
     _mark(dataset, "string-array" if is_text else "array", "0.2.0")
