@@ -28,6 +28,8 @@ from scale.types import SourceError, did_you_mean
 if TYPE_CHECKING:
     from anndata import AnnData
 
+_CACHE_BYTES, _CACHE_SLOTS = 1 << 20, 521
+"""Of decompressed chunks: HDF5's defaults, taken where they are enough."""
 _ENSEMBL_COLUMNS = ("ensembl_id", "ensembl_ids", "gene_ids", "gene_id")
 
 
@@ -39,6 +41,7 @@ class H5adFile:
         self._handle = handle
         self._memory_bytes = memory_bytes
         self._matrices: dict[str, MatrixInfo] = {}
+        self._datasets: dict[str, h5py.Dataset] = {}
         self._whole: dict[str, sp.csr_matrix] = {}
         if "obs" not in handle or "var" not in handle:
             raise SourceError(f"{name} is no h5ad: it has {_listed(handle)}; expected X, obs, var")
@@ -169,15 +172,15 @@ class H5adFile:
     def rows(self, location: str, start: int, stop: int) -> sp.csr_matrix:
         """Return rows ``start`` to ``stop`` as CSR, with the values as they are stored."""
         info = self.matrix(location)
-        element = self._handle[location]
         try:
             if info.kind == "dense":
-                return sp.csr_matrix(element[start:stop])
+                return sp.csr_matrix(self._dataset(location)[start:stop])
             if info.kind == "csc":
                 return self._from_columns(info)[start:stop]
-            indptr = element["indptr"][start : stop + 1].astype(np.int64)
+            indptr = self._dataset(f"{location}/indptr")[start : stop + 1].astype(np.int64)
             first, last = int(indptr[0]), int(indptr[-1])
-            data, indices = element["data"][first:last], element["indices"][first:last]
+            data = self._dataset(f"{location}/data")[first:last]
+            indices = self._dataset(f"{location}/indices")[first:last]
         except OSError as error:
             raise SourceError(
                 f"{self.name}: rows {start} to {stop - 1} of {location} cannot be read ({error}); "
@@ -196,6 +199,29 @@ class H5adFile:
                 f"expected columns 0 to {info.shape[1] - 1}"
             )
         return sp.csr_matrix((data, indices, indptr), shape=(stop - start, info.shape[1]))
+
+    def _dataset(self, path: str) -> h5py.Dataset:
+        """Return an open dataset that keeps what it last decompressed.
+
+        The next block begins in the middle of a chunk (of a row of chunks, where the matrix is
+        dense). HDF5 forgets chunks of more than 1 MiB, and all when a dataset is closed.
+        """
+        if path not in self._datasets:
+            dataset = self._handle[path]
+            if dataset.chunks is not None:
+                num_across = [
+                    -(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)
+                ]
+                num_kept = int(np.prod(num_across[1:], dtype=np.int64))
+                chunk_bytes = int(np.prod(dataset.chunks)) * dataset.dtype.itemsize
+                access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+                num_bytes = min(max(_CACHE_BYTES, num_kept * chunk_bytes), self._memory_bytes // 8)
+                access.set_chunk_cache(max(_CACHE_SLOTS, 2 * num_kept), num_bytes, 1.0)
+                name = dataset.name.encode()
+                del dataset  # an open dataset keeps the cache that it has
+                dataset = h5py.Dataset(h5py.h5d.open(self._handle.id, name, access))
+            self._datasets[path] = dataset
+        return self._datasets[path]
 
     def _from_columns(self, info: MatrixInfo) -> sp.csr_matrix:
         """Return a CSC matrix as CSR, converted once, if it fits the memory."""
