@@ -173,6 +173,11 @@ def test_the_name_of_a_gene_is_found_by_rule(tmp_path, columns, chosen):
         assert file.ensembl_ids("X") == expected
 
 
+def test_a_source_can_be_sent_to_another_process(archive):
+    with pickle.loads(pickle.dumps(ScdlSource(archive))).open() as file:
+        assert file.num_cells == 180
+
+
 def test_a_pickle_in_an_archive_is_never_opened(archive):
     with pytest.raises(ValueError, match="pickle"):
         np.load(archive / "obs_features" / "labels.npy", allow_pickle=False)
