@@ -24,7 +24,7 @@ import logging
 import struct
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -34,7 +34,7 @@ import numpy.typing as npt
 import zstandard
 
 from scale.config import Codec
-from scale.data.csr import LARGEST_ROW, CsrCounts, IntArray, row_pointer
+from scale.data.csr import LARGEST_ROW, CsrCounts, row_pointer
 from scale.types import StoreError
 
 if sys.byteorder != "little":
@@ -46,10 +46,13 @@ CHUNK_CELLS = 64
 """Cells per chunk. Larger chunks save no bytes, and a ragged condition wastes half of 256."""
 KIND_COUNTS = 0
 _HEAD = struct.Struct("<4s4B2H5I")
+HEAD_BYTES = _HEAD.size
+"""Of a chunk, before its arrays."""
 _MAGIC = b"SCLC"
 _VERSION = 1
-_CODECS = {Codec.none: 0, Codec.zstd: 1}
-_HAS_BATCH = 1
+CODECS = {Codec.none: 0, Codec.zstd: 1}
+HAS_BATCH = 1
+_MOST_GENES = 1 << 24
 _ZSTD_LEVEL = 1  # levels 3 and 9 save nothing on these streams: 287 and 290 against 286 bytes/cell
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -97,42 +100,6 @@ class CellChunk:
         codes = 0 if self.batch_code_N is None else 2 * self.num_cells
         exceptions = len(self.gap_high_E) + len(self.count_high_F)
         return _HEAD.size + 6 * self.num_cells + codes + 6 * exceptions + 2 * self.num_nonzero
-
-    def select_rows(self, rows: IntArray) -> CellChunk:
-        """Return the cells at ``rows`` (distinct), in that order."""
-        size_all = self.num_nonzero_N.astype(np.int64)
-        start_all = np.cumsum(size_all) - size_all
-        size = size_all[rows]
-        start = np.cumsum(size) - size
-        source = np.repeat(start_all[rows] - start, size) + np.arange(size.sum())
-        target = np.full(self.num_cells, -1, np.int64)
-        target[rows] = np.arange(len(rows))
-
-        def select(
-            position: npt.NDArray[np.uint32], high: npt.NDArray[np.uint16]
-        ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16]]:
-            if not len(position):
-                return position, high
-            row = np.searchsorted(start_all + size_all, position, side="right")
-            kept = target[row] >= 0
-            row, wanted = row[kept], position[kept]
-            moved = (wanted - start_all[row] + start[target[row]]).astype(np.uint32)
-            order = np.argsort(moved)
-            return moved[order], high[kept][order]
-
-        gap_position, gap_high = select(self.gap_position_E, self.gap_high_E)
-        count_position, count_high = select(self.count_position_F, self.count_high_F)
-        return CellChunk(
-            self.library_N[rows],
-            self.num_nonzero_N[rows],
-            None if self.batch_code_N is None else self.batch_code_N[rows],
-            self.gap_M[source],
-            self.count_M[source],
-            gap_position,
-            gap_high,
-            count_position,
-            count_high,
-        )
 
     def to_csr(self) -> CsrCounts:
         """Return the counts as compressed rows."""
@@ -221,8 +188,8 @@ def encode_streams(chunk: CellChunk, *, codec: Codec) -> bytes:
         _MAGIC,
         _VERSION,
         KIND_COUNTS,
-        _CODECS[codec],
-        _HAS_BATCH if codes else 0,
+        CODECS[codec],
+        HAS_BATCH if codes else 0,
         chunk.num_cells,
         0,
         chunk.num_nonzero,
@@ -251,44 +218,71 @@ def parse_chunk(blob: bytes | memoryview, *, num_genes: int | None = None) -> Ce
     StoreError
         If the blob is no chunk, or its parts contradict each other.
     """
-    if len(blob) < _HEAD.size:
-        raise StoreError(f"chunk of {len(blob)} bytes; a chunk has at least {_HEAD.size}")
-    magic, version, kind, codec, flags, n, reserved, m, e, f, *stored = _HEAD.unpack_from(blob)
-    if (magic, version, kind) != (_MAGIC, _VERSION, KIND_COUNTS) or codec not in (0, 1):
-        raise StoreError(f"no chunk of counts: {magic!r}, version {version}, kind {kind}/{codec}")
-    has_batch = flags & _HAS_BATCH
-    side_bytes = 4 * (n + e + f) + 2 * (n * (1 + has_batch) + e + f)
-    expected = _HEAD.size + side_bytes + sum(stored)
-    if flags > _HAS_BATCH or reserved or len(blob) != expected:
-        raise StoreError(f"chunk of {len(blob)} bytes, its head says {expected}")
+    head = ChunkHead.read(blob)
+    n, e, f = head.num_cells, head.num_gap_exceptions, head.num_count_exceptions
     library, gap_position, count_position = _cut(blob, _HEAD.size, "<u4", (n, e, f))
-    sizes = (n, n * has_batch, e, f)
+    sizes = (n, n * head.has_batch, e, f)
     short = _cut(blob, _HEAD.size + 4 * (n + e + f), "<u2", sizes)
-    gap_start = _HEAD.size + side_bytes
-    count_start = gap_start + stored[0]
-    view = memoryview(blob)
+    gap, count = (np.frombuffer(raw, np.uint8) for raw in head.streams(blob))
     chunk = CellChunk(
         library,
         short[0],
-        short[1] if has_batch else None,
-        _stream(view[gap_start:count_start], codec, m),
-        _stream(view[count_start:], codec, m),
+        short[1] if head.has_batch else None,
+        gap,
+        count,
         gap_position,
         short[2],
         count_position,
         short[3],
     )
-    fault = _fault(
+    fault = find_fault(
         chunk.num_nonzero_N,
         chunk.gap_M,
         gap_position,
         chunk.gap_high_E,
         count_position,
-        1 << 24 if num_genes is None else num_genes,
+        _MOST_GENES if num_genes is None else num_genes,
     )
     if fault:
-        raise StoreError(f"chunk contradicts itself: {_FAULTS[fault]} ({num_genes} genes)")
+        raise StoreError(f"chunk contradicts itself: {FAULTS[fault]} ({num_genes} genes)")
     return chunk
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkHead:
+    """The first 32 bytes of a chunk, and where its parts lie."""
+
+    codec: int
+    has_batch: int
+    num_cells: int
+    num_nonzero: int
+    num_gap_exceptions: int
+    num_count_exceptions: int
+    lists_end: int
+    gap_end: int
+
+    @classmethod
+    def read(cls, blob: bytes | memoryview) -> ChunkHead:
+        """Return the head of a blob whose length is what it says."""
+        if len(blob) < _HEAD.size:
+            raise StoreError(f"chunk of {len(blob)} bytes; a chunk has at least {_HEAD.size}")
+        magic, version, kind, codec, flags, n, reserved, m, e, f, *stored = _HEAD.unpack_from(blob)
+        if (magic, version, kind) != (_MAGIC, _VERSION, KIND_COUNTS) or codec not in (0, 1):
+            raise StoreError(
+                f"no chunk of counts: {magic!r}, version {version}, kind {kind}/{codec}"
+            )
+        has_batch = flags & HAS_BATCH
+        lists_end = _HEAD.size + 4 * (n + e + f) + 2 * (n * (1 + has_batch) + e + f)
+        expected = lists_end + sum(stored)
+        if flags > HAS_BATCH or reserved or len(blob) != expected:
+            raise StoreError(f"chunk of {len(blob)} bytes, its head says {expected}")
+        return cls(codec, has_batch, n, m, e, f, lists_end, lists_end + stored[0])
+
+    def streams(self, blob: bytes | memoryview) -> Iterator[bytes | memoryview]:
+        """Yield gap and count stream, uncompressed."""
+        view = memoryview(blob)
+        for stored in (view[self.lists_end : self.gap_end], view[self.gap_end :]):
+            yield _stream(stored, self.codec, self.num_nonzero)
 
 
 def _cut(
@@ -304,9 +298,9 @@ def _cut(
     return parts
 
 
-def _stream(stored: memoryview, codec: int, size: int) -> npt.NDArray[np.uint8]:
+def _stream(stored: memoryview, codec: int, size: int) -> bytes | memoryview:
     raw: bytes | memoryview
-    if codec == _CODECS[Codec.zstd]:
+    if codec == CODECS[Codec.zstd]:
         try:
             found = zstandard.frame_content_size(stored)
             raw = _compressors.read.decompress(stored) if found == size else b""
@@ -316,10 +310,10 @@ def _stream(stored: memoryview, codec: int, size: int) -> npt.NDArray[np.uint8]:
         found, raw = len(stored), stored
     if found != size:
         raise StoreError(f"chunk with a stream of {found} entries, its head says {size}")
-    return np.frombuffer(raw, np.uint8)
+    return raw
 
 
-_FAULTS = (
+FAULTS = (
     "",
     "non-zeros per cell do not add up",
     "positions of exceptions are not ascending or too large",
@@ -328,7 +322,7 @@ _FAULTS = (
 
 
 @compiled
-def _fault(
+def find_fault(
     num_nonzero_N: npt.NDArray[np.uint16],
     gap_M: npt.NDArray[np.uint8],
     gap_position_E: npt.NDArray[np.uint32],
@@ -351,12 +345,19 @@ def _fault(
     end, exception = np.int64(0), 0
     for size in num_nonzero_N:
         start, end = end, end + size
-        column = np.int64(0)
-        for k in range(start, end):
-            column += gap_M[k]
+        column = sum_bytes(gap_M[start:end])
         while exception < gap_position_E.size and gap_position_E[exception] < end:
             column += np.int64(gap_high_E[exception]) << 8
             exception += 1
         if column + size > num_genes:
             return 3
     return 0
+
+
+@compiled
+def sum_bytes(gap_M: npt.NDArray[np.uint8]) -> np.int64:
+    """Return the sum of at most 65,535 bytes."""
+    total = np.uint32(0)
+    for value in gap_M:
+        total += np.uint32(value)
+    return np.int64(total)

@@ -1,4 +1,4 @@
-"""Cells on their way to the model: chunks joined into one buffer, then decoded into dense sets.
+"""Cells on their way to the model: streams in one buffer, then values in dense sets.
 
 A batch travels as it is stored, about a tenth of its dense size, in ONE buffer: one pinned
 allocation, one copy to the device. It becomes values where they are used. The torch decode runs on
@@ -10,18 +10,31 @@ G = genes of the result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scale.data.codec import CellChunk, compiled
-from scale.data.csr import IntArray
+from scale.data.codec import compiled, sum_bytes
 from scale.types import StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class CompactSizes:
+    """What a compact batch holds."""
+
+    num_cells: int
+    num_nonzero: int
+    num_gap_exceptions: int
+    num_count_exceptions: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a buffer for so much."""
+        exceptions = self.num_gap_exceptions + self.num_count_exceptions
+        return 16 * self.num_cells + 12 * exceptions + 2 * self.num_nonzero
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,40 +47,19 @@ class CompactCells:
     """
 
     buffer: Tensor
-    num_cells: int
-    num_nonzero: int
-    num_gap_exceptions: int
-    num_count_exceptions: int
-
-    @staticmethod
-    def size_bytes(
-        num_cells: int, num_nonzero: int, num_gap_exceptions: int, num_count_exceptions: int
-    ) -> int:
-        """Return the bytes that a buffer for so many cells needs."""
-        exceptions = num_gap_exceptions + num_count_exceptions
-        return 16 * num_cells + 12 * exceptions + 2 * num_nonzero
+    sizes: CompactSizes
 
     @classmethod
-    def empty(
-        cls,
-        num_cells: int,
-        num_nonzero: int,
-        num_gap_exceptions: int,
-        num_count_exceptions: int,
-        *,
-        buffer: Tensor | None = None,
-    ) -> CompactCells:
+    def empty(cls, sizes: CompactSizes, *, buffer: Tensor | None = None) -> CompactCells:
         """Return unfilled streams, in the front of ``buffer`` (pinned, say) where one is given."""
-        sizes = (num_cells, num_nonzero, num_gap_exceptions, num_count_exceptions)
-        num_bytes = cls.size_bytes(*sizes)
         if buffer is None:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        return cls(buffer[:num_bytes], *sizes)
+            buffer = torch.empty(sizes.num_bytes, dtype=torch.uint8)
+        return cls(buffer[: sizes.num_bytes], sizes)
 
     def streams(self) -> CompactStreams:
         """Return the streams as views of the buffer."""
-        n, m = self.num_cells, self.num_nonzero
-        e, f = self.num_gap_exceptions, self.num_count_exceptions
+        n, m = self.sizes.num_cells, self.sizes.num_nonzero
+        e, f = self.sizes.num_gap_exceptions, self.sizes.num_count_exceptions
         layout = (
             (torch.int64, 8, (n, e, f)),
             (torch.float32, 4, (n,)),
@@ -81,17 +73,6 @@ class CompactCells:
             views += torch.split(self.buffer[start:stop].view(dtype), list(sizes))
             start = stop
         return CompactStreams(*views)
-
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> CompactCells:
-        """Return the cells on ``device``: one copy."""
-        buffer = self.buffer.to(device, non_blocking=non_blocking)
-        return CompactCells(
-            buffer,
-            self.num_cells,
-            self.num_nonzero,
-            self.num_gap_exceptions,
-            self.num_count_exceptions,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,83 +110,6 @@ class Projection:
         return Projection(self.column.to(device), self.num_columns)
 
 
-# --- chunks to a compact batch ------------------------------------------------------------------
-
-
-def compact_from_chunks(
-    chunks: Sequence[CellChunk],
-    slots: Sequence[IntArray],
-    rows: Sequence[IntArray | None] | None = None,
-    *,
-    buffer: Tensor | None = None,
-) -> CompactCells:
-    """Join chunks into one compact batch.
-
-    Parameters
-    ----------
-    chunks
-        Parsed chunks; where they are equal in content their order cannot be seen in the result.
-    slots
-        For each chunk, the row of the result that each of its cells goes to; all distinct.
-    rows
-        For each chunk, which of its cells are taken and in which order; None = all.
-    buffer
-        Memory to write to; see :meth:`CompactCells.empty`.
-
-    Examples
-    --------
-    >>> from scale.config import Codec
-    >>> from scale.data.codec import encode_chunk, parse_chunk
-    >>> from scale.data.csr import CsrCounts
-    >>> cells = CsrCounts(
-    ...     np.array([0, 1, 2]), np.array([0, 2], np.int32), np.array([1, 5], np.uint32),
-    ...     np.array([1, 5], np.uint32),
-    ... )
-    >>> chunk = parse_chunk(encode_chunk(cells, codec=Codec.zstd))
-    >>> compact = compact_from_chunks([chunk], [np.array([1, 0])])
-    >>> decode(compact, num_rows=2, num_genes=3, target_sum=1.0).tolist()
-    [[0.0, 0.0, 0.6931471824645996], [0.6931471824645996, 0.0, 0.0]]
-    """
-    if rows is not None:
-        chunks = [
-            chunk if wanted is None else chunk.select_rows(wanted)
-            for chunk, wanted in zip(chunks, rows, strict=True)
-        ]
-    compact = CompactCells.empty(
-        sum(c.num_cells for c in chunks),
-        sum(c.num_nonzero for c in chunks),
-        sum(len(c.gap_position_E) for c in chunks),
-        sum(len(c.count_position_F) for c in chunks),
-        buffer=buffer,
-    )
-    streams = compact.streams()
-    _join(streams.slot_N, slots)
-    if not chunks:
-        return compact
-    _join(streams.library_N, [c.library_N for c in chunks])
-    _join(streams.num_nonzero_N, [c.num_nonzero_N for c in chunks])
-    _join(streams.gap_M, [c.gap_M for c in chunks])
-    _join(streams.count_M, [c.count_M for c in chunks])
-    _join(streams.gap_high_E, [c.gap_high_E for c in chunks])
-    _join(streams.count_high_F, [c.count_high_F for c in chunks])
-    ends = np.cumsum([c.num_nonzero for c in chunks])
-    starts = ends - [c.num_nonzero for c in chunks]
-    for target, parts in (
-        (streams.gap_position_E, [c.gap_position_E for c in chunks]),
-        (streams.count_position_F, [c.count_position_F for c in chunks]),
-    ):
-        if len(target):
-            _join(target, parts)
-            target.numpy()[...] += np.repeat(starts, [len(p) for p in parts])
-    return compact
-
-
-def _join(target: Tensor, parts: Sequence[npt.NDArray[Any]]) -> None:
-    """Write the parts one after the other; integers become floats where the target has them."""
-    if len(target):
-        np.concatenate(parts, out=target.numpy(), casting="unsafe")
-
-
 # --- compact batch to values --------------------------------------------------------------------
 
 
@@ -240,7 +144,7 @@ def decode(
     """
     width = num_genes if projection is None else projection.num_columns + 1
     out = torch.zeros(num_rows, width, device=compact.buffer.device)
-    total = compact.num_nonzero
+    total = compact.sizes.num_nonzero
     if total:
         flat, value = _positions_and_values(compact, num_genes, target_sum, projection)
         if value_scale != 1.0:
@@ -253,7 +157,7 @@ def _positions_and_values(
     compact: CompactCells, num_genes: int, target_sum: float, projection: Projection | None
 ) -> tuple[Tensor, Tensor]:
     s = compact.streams()
-    total = compact.num_nonzero
+    total = compact.sizes.num_nonzero
 
     def spread(per_cell: Tensor) -> Tensor:
         # output_size spares a wait for the device
@@ -296,11 +200,9 @@ def decode_numba(
     """
     num_columns = num_genes if projection is None else projection.num_columns
     if out is None:
-        out = torch.zeros(num_rows, num_columns)
+        out = torch.empty(num_rows, num_columns)
     elif out.shape != (num_rows, num_columns) or out.dtype is not torch.float32:
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, not {num_rows} x {num_columns}")
-    else:
-        out.zero_()
     s = compact.streams()
     column = np.empty(0, np.int64) if projection is None else projection.column.numpy()
     fault = _decode_cells(
@@ -349,34 +251,75 @@ def _decode_cells(
 ) -> int:
     """Fill ``out_RG``; return -1, or the first cell that would be written outside of it."""
     table = np.empty(_TABLE, np.float32)
-    num_columns = out_RG.shape[1]
+    is_empty_R = np.ones(out_RG.shape[0], np.bool_)
     end, next_gap, next_count = np.int64(0), 0, 0
     for cell in range(slot_N.size):
-        start, end = end, end + num_nonzero_N[cell]
+        k, end = end, end + num_nonzero_N[cell]
         row = slot_N[cell]
         if row < 0 or row >= out_RG.shape[0]:
             return cell
-        if start == end:
+        # cleared just before it is filled, while it is in the cache: 14 against 39 us per cell of
+        # 62,710 genes, 0.65 against 1.2 of 2,000
+        out_G = out_RG[row]
+        out_G[:] = 0.0
+        is_empty_R[row] = False
+        if k == end:
             continue
         scale = target_sum / library_N[cell]
-        for k in range(_TABLE):
-            table[k] = np.float32(np.log1p((k + 1) * scale) / value_scale)
+        for less in range(_TABLE):
+            table[less] = np.float32(np.log1p((less + 1) * scale) / value_scale)
         gene = np.int64(-1)
-        for k in range(start, end):
-            gene += np.int64(gap_M[k]) + 1
-            if next_gap < gap_position_E.size and gap_position_E[next_gap] == k:
-                gene += np.int64(gap_high_E[next_gap]) << 8
-                next_gap += 1
-            if gene >= num_genes:
+        while k < end:
+            stop = end
+            if next_gap < gap_position_E.size:
+                stop = min(stop, gap_position_E[next_gap])
+            if next_count < count_position_F.size:
+                stop = min(stop, count_position_F[next_count])
+            gap, count = gap_M[k:stop], count_M[k:stop]
+            last = gene + sum_bytes(gap) + gap.size
+            if last >= num_genes:
                 return cell
-            less = np.int64(count_M[k])
-            if next_count < count_position_F.size and count_position_F[next_count] == k:
-                less += np.int64(count_high_F[next_count]) << 8
-                next_count += 1
-            column = gene if column_map.size == 0 else column_map[gene]
-            if column < num_columns:
-                if less < _TABLE:
-                    out_RG[row, column] = table[less]
-                else:
-                    out_RG[row, column] = np.log1p((less + 1) * scale) / value_scale
+            _scatter(gap, count, gene, column_map, (scale, value_scale, table), out_G)
+            gene, k = last, stop
+            if k < end:  # an exception
+                gene += np.int64(gap_M[k]) + 1
+                large = np.int64(count_M[k]) + 1
+                if next_gap < gap_position_E.size and gap_position_E[next_gap] == k:
+                    gene += np.int64(gap_high_E[next_gap]) << 8
+                    next_gap += 1
+                if next_count < count_position_F.size and count_position_F[next_count] == k:
+                    large += np.int64(count_high_F[next_count]) << 8
+                    next_count += 1
+                if gene >= num_genes:
+                    return cell
+                column = gene if column_map.size == 0 else column_map[gene]
+                if column < out_G.size:
+                    out_G[column] = np.log1p(large * scale) / value_scale
+                k += 1
+    for row in range(out_RG.shape[0]):
+        if is_empty_R[row]:
+            out_RG[row] = 0.0
     return -1
+
+
+@compiled
+def _scatter(
+    gap: npt.NDArray[np.uint8],
+    count: npt.NDArray[np.uint8],
+    gene: np.int64,
+    column_map: npt.NDArray[np.int64],
+    how: tuple[float, float, npt.NDArray[np.float32]],
+    out_G: npt.NDArray[np.float32],
+) -> None:
+    """Write counts without exceptions behind ``gene``; indices are unsigned, so never wrapped."""
+    scale, value_scale, table = how
+    for k in range(gap.size):
+        gene += np.int64(gap[k]) + 1
+        column = gene if column_map.size == 0 else column_map[gene]
+        if column < out_G.size:
+            less = count[k]
+            if less < _TABLE:
+                out_G[np.uint64(column)] = table[less]
+            else:
+                value = np.log1p((np.int64(less) + 1) * scale) / value_scale
+                out_G[np.uint64(column)] = value

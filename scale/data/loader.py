@@ -7,7 +7,7 @@ numba) free the interpreter lock, so that threads are enough: no worker processe
 shared memory.
 
 Shapes: B = sets, S = cells per set, U = cells of the summary draw, G = genes, J = components,
-N = cells of the batch.
+N = cells of the batch, R = rows of a decoded result.
 """
 
 from __future__ import annotations
@@ -18,19 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scale.data.codec import CHUNK_CELLS, CellChunk
-from scale.data.compact import (
-    CompactCells,
-    Projection,
-    compact_from_chunks,
-    decode,
-    decode_numba,
-)
+from scale.data.buffers import BufferPool
+from scale.data.codec import CHUNK_CELLS
+from scale.data.compact import CompactCells, Projection, decode, decode_numba
 from scale.data.draws import Integers
+from scale.data.gather import FoundCells
+from scale.data.host_batch import HostBatch
 from scale.data.prefetch import Prefetcher
 from scale.data.sampler import SetBlock, SetPlan
 from scale.data.store import CellSetStore
@@ -45,29 +41,6 @@ class Normalisation:
     target_sum: float
     value_scale: float
     projection: Projection | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class HostBatch:
-    """A batch in host memory as it is stored, on its way to the device.
-
-    Parameters
-    ----------
-    treated, control
-        Cells of B sets of S slots, and of B sets of S slots followed by B sets of U slots.
-    count_B3
-        Treated, control and summary cells of each set.
-    number_BK
-        component (J columns), cell type, batch, is_control, condition, set number.
-    dose_BJ
-        See :class:`scale.types.Batch`.
-    """
-
-    treated: CompactCells
-    control: CompactCells
-    count_B3: Tensor
-    number_BK: Tensor
-    dose_BJ: Tensor
 
 
 class SetReader:
@@ -103,6 +76,7 @@ class SetReader:
         self._first_chunk = store.conditions["first_chunk"].to_numpy(np.int64)
         self.was_read = np.zeros(len(store.chunks), np.bool_)
         """Chunks that cells were taken from so far."""
+        self._buffers = BufferPool()
         self._running: weakref.WeakSet[Prefetcher[Integers, Any]] = weakref.WeakSet()
 
     def batch(self, set_index_B: Integers) -> Batch:
@@ -124,151 +98,107 @@ class SetReader:
                 yield result if isinstance(result, Batch) else self.to_device(result)
 
     def close(self) -> None:
-        """End the threads of all iterators."""
+        """End the threads of all iterators, and give free memory back."""
         for prefetcher in list(self._running):
             prefetcher.close()
+        self._buffers.clear()
 
     # --- plan to host batch -----------------------------------------------------------------------
 
     def read(self, set_index_B: Integers) -> HostBatch:
         """Return some sets as they are stored; pinned where the device is CUDA."""
         if self._on_host:
-            return self._read(set_index_B)
+            return self._read(set_index_B, self._buffers.take)
         # a thread starts on device 0, where pinning would open a context for every rank
         with torch.cuda.device(self._device):
-            return self._read(set_index_B)
+            return self._read(set_index_B, _pinned)
 
-    def _read(self, set_index_B: Integers) -> HostBatch:
+    def _read(self, set_index_B: Integers, allocate: Callable[[int], Tensor]) -> HostBatch:
         block = self._plan.block(set_index_B)
-        treated, codes = self._read_treated(block)
-        for b, code_N in enumerate(codes):
-            if code_N is not None:
-                self._plan.match_batches(block, b, int(set_index_B[b]), code_N, self._store.batches)
-        control = self._read_control(block)
+        treated_slot_N, treated = self._find_treated(block)
+        self._match_batches(block, set_index_B, treated_slot_N, treated)
+        control_slot_N, control = self._find_control(block)
         condition_B, table = block.condition_B, self._table
-        number_BK = np.column_stack(
-            [
-                table.component[condition_B],
+        num_components = table.component.shape[1]
+        host = HostBatch.empty(
+            len(condition_B), num_components, treated.sizes, control.sizes, allocate=allocate
+        )
+        treated.copy(treated_slot_N, out=host.treated)
+        control.copy(control_slot_N, out=host.control)
+        number_BK = host.number_BK.numpy()
+        number_BK[:, :num_components] = table.component[condition_B]
+        for k, values_B in enumerate(
+            (
                 table.cell_type[condition_B],
                 table.batch[condition_B],
                 block.is_control_B,
                 condition_B,
                 set_index_B,
-            ]
-        )
-        counts = (block.treated_count_B, block.control_count_B, block.summary_count_B)
-        small = [np.column_stack(counts), number_BK.astype(np.int64), table.dose[condition_B]]
-        tensors = [torch.from_numpy(array) for array in small]
-        if not self._on_host:
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return HostBatch(treated, control, *tensors)
-
-    def _buffer(self, num_bytes: int) -> Tensor | None:
-        if self._on_host:
-            return None
-        # torch keeps pinned blocks, and gives one out again only when its copy is done
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-
-    def _read_treated(
-        self, block: SetBlock
-    ) -> tuple[CompactCells, list[npt.NDArray[np.uint16] | None]]:
-        """Return the treated cells, and for each set the batch codes where they must be matched."""
-        set_N, place_N = np.nonzero(block.treated_row_BS >= 0)
-        row_N = block.treated_row_BS[set_N, place_N]
-        chunk_N = self._first_chunk[block.condition_B[set_N]] + row_N // CHUNK_CELLS
-        slot_N = set_N * block.treated_row_BS.shape[1] + place_N
-        turn_N = np.zeros_like(row_N)
-        if self._plan.has_repeats:
-            turn_N = _occurrence(set_N, row_N)
-            order = np.lexsort((place_N, chunk_N, turn_N, set_N))
-            set_N, row_N, chunk_N, slot_N, turn_N = (
-                a[order] for a in (set_N, row_N, chunk_N, slot_N, turn_N)
             )
-        # cells of a chunk stand side by side; a new run starts where one of these changes
-        changes = [np.diff(a) != 0 for a in (chunk_N, set_N, turn_N)]
-        begin = np.flatnonzero(np.logical_or.reduce(changes)) + 1
-        chunks: list[CellChunk] = []
-        known: dict[int, CellChunk] = {}
-        for rows, chunk_id in zip(
-            np.split(row_N % CHUNK_CELLS, begin), chunk_N[[0, *begin]].tolist(), strict=True
         ):
-            if chunk_id not in known:
-                known[chunk_id] = self._store.read_chunk(chunk_id)
-            chunk = known[chunk_id]
-            is_whole = len(rows) == chunk.num_cells and bool((np.diff(rows) == 1).all())
-            chunks.append(chunk if is_whole else chunk.select_rows(rows))
-        self.was_read[list(known)] = True
-        num_bytes = CompactCells.size_bytes(
-            len(slot_N),
-            sum(c.num_nonzero for c in chunks),
-            sum(len(c.gap_position_E) for c in chunks),
-            sum(len(c.count_position_F) for c in chunks),
-        )
-        slots = np.split(slot_N, begin)
-        cells = compact_from_chunks(chunks, slots, buffer=self._buffer(num_bytes))
-        return cells, self._codes(block, chunks, set_N[[0, *begin]])
+            number_BK[:, num_components + k] = values_B
+        counts = (block.treated_count_B, block.control_count_B, block.summary_count_B)
+        for k, count_B in enumerate(counts):
+            host.count_B3.numpy()[:, k] = count_B
+        host.dose_BJ.numpy()[...] = table.dose[condition_B]
+        return host
 
-    def _codes(
-        self, block: SetBlock, chunks: list[CellChunk], set_of_chunk: Integers
-    ) -> list[npt.NDArray[np.uint16] | None]:
-        codes: list[npt.NDArray[np.uint16] | None] = [None] * len(block.condition_B)
-        for b in np.flatnonzero(self._plan.is_by_cell[block.condition_B]).tolist():
-            own = [chunks[i].batch_code_N for i in np.flatnonzero(set_of_chunk == b).tolist()]
-            known = [code_N for code_N in own if code_N is not None]
-            codes[b] = np.concatenate(known) if len(known) == len(own) else None
-        return codes
+    def _find_treated(self, block: SetBlock) -> tuple[Integers, FoundCells]:
+        slot_N = np.flatnonzero(block.treated_row_BS >= 0)
+        row_N = block.treated_row_BS.ravel()[slot_N]
+        condition_N = block.condition_B[slot_N // block.treated_row_BS.shape[1]]
+        return slot_N, self._find(condition_N, row_N)
 
-    def _read_control(self, block: SetBlock) -> CompactCells:
-        is_control_BS, is_summary_BU = block.control_row_BS >= 0, block.summary_row_BU >= 0
+    def _find_control(self, block: SetBlock) -> tuple[Integers, FoundCells]:
+        row_N = np.concatenate([block.control_row_BS, block.summary_row_BU], axis=None)
+        slot_N = np.flatnonzero(row_N >= 0)
         condition_N = np.concatenate(
-            [block.control_condition_BS[is_control_BS], block.summary_condition_BU[is_summary_BU]]
+            [block.control_condition_BS, block.summary_condition_BU], axis=None
         )
-        row_N = np.concatenate(
-            [block.control_row_BS[is_control_BS], block.summary_row_BU[is_summary_BU]]
-        )
-        slot_N = np.concatenate(
-            [
-                np.flatnonzero(is_control_BS),
-                block.control_row_BS.size + np.flatnonzero(is_summary_BU),
-            ]
-        )
+        return slot_N, self._find(condition_N[slot_N], row_N[slot_N])
+
+    def _find(self, condition_N: Integers, row_N: Integers) -> FoundCells:
         chunk_N = self._first_chunk[condition_N] + row_N // CHUNK_CELLS
-        cells = self._store.gather(chunk_N, row_N % CHUNK_CELLS, slot_N)
         self.was_read[chunk_N] = True
-        if self._on_host:
-            return cells
-        return CompactCells(
-            cells.buffer.pin_memory(),
-            cells.num_cells,
-            cells.num_nonzero,
-            cells.num_gap_exceptions,
-            cells.num_count_exceptions,
-        )
+        return self._store.find_cells(chunk_N, row_N % CHUNK_CELLS, buffers=self._buffers)
+
+    def _match_batches(
+        self, block: SetBlock, set_index_B: Integers, slot_N: Integers, treated: FoundCells
+    ) -> None:
+        """Draw the controls again where the cells of a set are of several batches."""
+        by_cell = np.flatnonzero(self._plan.is_by_cell[block.condition_B]).tolist()
+        if not by_cell:
+            return
+        set_N = slot_N // block.treated_row_BS.shape[1]
+        code_N = treated.batch_code_N
+        for b in by_cell:
+            own_N = code_N[set_N == b]
+            if self._plan.has_repeats:
+                own_N = own_N[_order_of_repeats(block.treated_row_BS[b])]
+            if (own_N >= 0).all():
+                self._plan.match_batches(
+                    block, b, int(set_index_B[b]), own_N.astype(np.uint16), self._store.batches
+                )
 
     # --- host batch to device ---------------------------------------------------------------------
 
     def to_device(self, host: HostBatch) -> Batch:
         """Return the batch on the reader's device, decoded there."""
-        device = self._device
-        treated, control = host.treated, host.control
-        count_B3, number_BK, dose_BJ = host.count_B3, host.number_BK, host.dose_BJ
         if not self._on_host:
-            treated = treated.to(device, non_blocking=True)
-            control = control.to(device, non_blocking=True)
-            count_B3 = count_B3.to(device, non_blocking=True)
-            number_BK = number_BK.to(device, non_blocking=True)
-            dose_BJ = dose_BJ.to(device, non_blocking=True)
-        num_sets, num_components = dose_BJ.shape
+            host = host.to(self._device)
+        num_sets, num_components = host.num_sets, host.num_components
         size, summary_size = self._plan.set_size, self._plan.num_summary_cells
-        treated_RG, treated_library_R = self._decode(treated, num_sets * size)
-        control_RG, control_library_R = self._decode(control, num_sets * (size + summary_size))
+        treated_RG, treated_library_R = self._decode(host.treated, num_sets * size)
+        control_RG, control_library_R = self._decode(host.control, num_sets * (size + summary_size))
         num_genes = treated_RG.shape[1]
+        count_B3, number_BK = host.count_B3, host.number_BK
         masks = [
-            torch.arange(width, device=device) < count_B3[:, k, None]
+            torch.arange(width, device=self._device) < count_B3[:, k, None]
             for k, width in enumerate((size, size, summary_size))
         ]
         own_KB = number_BK[:, num_components:].T.contiguous()
         cell_type_B, batch_B, is_control_B, condition_B, set_index_B = own_KB
+        # no field is a view of the host batch, whose memory is wanted for the next one
         return Batch(
             control_BSG=control_RG[: num_sets * size].view(num_sets, size, num_genes),
             control_mask_BS=masks[1],
@@ -278,8 +208,8 @@ class SetReader:
             treated_mask_BS=masks[0],
             control_library_BS=control_library_R[: num_sets * size].view(num_sets, size),
             treated_library_BS=treated_library_R.view(num_sets, size),
-            component_BJ=number_BK[:, :num_components].contiguous(),
-            dose_BJ=dose_BJ,
+            component_BJ=number_BK[:, :num_components].clone(),
+            dose_BJ=host.dose_BJ.clone(),
             cell_type_B=cell_type_B,
             batch_B=batch_B,
             is_control_B=is_control_B.bool(),
@@ -289,26 +219,38 @@ class SetReader:
 
     def _decode(self, cells: CompactCells, num_rows: int) -> tuple[Tensor, Tensor]:
         """Return values and library sizes of all slots; slots without a cell are 0."""
-        how = self._normalisation
-        value_RG = (decode_numba if self._on_host else decode)(
-            cells,
-            num_rows=num_rows,
-            num_genes=self._store.num_genes,
-            target_sum=how.target_sum,
-            value_scale=how.value_scale,
-            projection=how.projection,
-        )
+        how, num_genes = self._normalisation, self._store.num_genes
+        arguments: dict[str, Any] = {
+            "num_rows": num_rows,
+            "num_genes": num_genes,
+            "target_sum": how.target_sum,
+            "value_scale": how.value_scale,
+            "projection": how.projection,
+        }
+        if self._on_host:
+            width = num_genes if how.projection is None else how.projection.num_columns
+            memory = self._buffers.take(4 * num_rows * width).view(torch.float32)
+            value_RG = decode_numba(cells, out=memory.view(num_rows, width), **arguments)
+        else:
+            value_RG = decode(cells, **arguments)
         streams = cells.streams()
         library_R = torch.zeros(num_rows, device=self._device)
         return value_RG, library_R.index_copy_(0, streams.slot_N, streams.library_N)
 
 
-def _occurrence(set_N: Integers, row_N: Integers) -> Integers:
-    """Return how often the same row stood in the same set before."""
-    order = np.lexsort((row_N, set_N))
-    is_new = np.ones(len(row_N), np.bool_)
-    is_new[1:] = (np.diff(set_N[order]) != 0) | (np.diff(row_N[order]) != 0)
-    position = np.arange(len(row_N))
-    turn_N = np.empty_like(row_N)
-    turn_N[order] = position - np.maximum.accumulate(np.where(is_new, position, 0))
-    return turn_N
+def _pinned(num_bytes: int) -> Tensor:
+    # torch keeps pinned blocks, and gives one out again only when its copy is done
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _order_of_repeats(row_S: Integers) -> Integers:
+    """Return the order in which the cells of a set with repeats are gone through.
+
+    First every cell once, then those that stand in the set again, and so on; each time by chunk.
+    """
+    by_row = np.argsort(row_S, kind="stable")
+    position = np.arange(len(row_S))
+    is_new = np.diff(row_S[by_row], prepend=-1) != 0
+    turn_S = np.empty_like(row_S)
+    turn_S[by_row] = position - np.maximum.accumulate(np.where(is_new, position, 0))
+    return np.lexsort((position, row_S // CHUNK_CELLS, turn_S))

@@ -7,59 +7,106 @@ compressed and are mapped.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from scale.data.csr import IntArray
 
 CONTROL_SHARD = "shards/control-"
 TREATED_SHARD = "shards/treated-"
+_LARGEST_GAP = 16 * 1024  # bytes read for nothing cost less than another request
+
+
+class _Descriptor:
+    """An open file, closed when nobody uses it any more, threads in the middle of a read included.
+
+    A number that was closed could be given to another file before the read.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
 
 
 class Shards:
-    """Open shard files: opened at first use, closed with the store or with this object."""
+    """Open shard files: opened at first use, closed with the store or with this object.
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
+    Parameters
+    ----------
+    root
+        Directory of the store.
+    names
+        Files in it, by number of the shard.
+    open_file
+        Returns a descriptor of a file by its name, for files that are not there yet.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        open_file: Callable[[str], int] | None = None,
+    ) -> None:
         self.paths = [root / name for name in names]
-        self.is_control = [name.startswith(CONTROL_SHARD) for name in names]
+        self._names, self._open_file = names, open_file
+        self.is_control = np.array([name.startswith(CONTROL_SHARD) for name in names], np.bool_)
         self._lock = threading.Lock()
-        self._descriptors: dict[int, int] = {}
+        self._descriptors: dict[int, _Descriptor] = {}
         self._maps: dict[int, npt.NDArray[np.uint8]] = {}
 
-    def read(self, shard: int, offset: int, length: int) -> bytes | memoryview:
-        """Return bytes of a shard; fewer where the file ends."""
-        if self.is_control[shard]:
-            return self.mapped(shard)[offset : offset + length].data
+    def _opened(self, shard: int) -> _Descriptor:
+        """Return the open file of a shard: the one place where a shard's path is opened."""
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
+            if self._open_file is None:
+                number = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            else:  # may take minutes, so not while others wait for the lock
+                number = self._open_file(self._names[shard])
+            opened = _Descriptor(number)
             with self._lock:
-                descriptor = self._descriptors.get(shard)
-                if descriptor is None:
-                    descriptor = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-                    self._descriptors[shard] = descriptor
-        return os.pread(descriptor, length, offset)
+                descriptor = self._descriptors.setdefault(shard, opened)
+        return descriptor
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """Return bytes of a shard; fewer where the file ends."""
+        return os.pread(self._opened(shard).number, length, offset)
 
     def mapped(self, shard: int) -> npt.NDArray[np.uint8]:
         """Return a shard as a read-only map."""
         found = self._maps.get(shard)
         if found is None:
+            descriptor = self._opened(shard)
             with self._lock:
-                found = self._maps.setdefault(
-                    shard, np.asarray(np.memmap(self.paths[shard], np.uint8, "r"))
-                )
+                found = self._maps.get(shard)
+                if found is None:
+                    mapping = mmap.mmap(descriptor.number, 0, access=mmap.ACCESS_READ)
+                    found = self._maps[shard] = np.frombuffer(mapping, np.uint8)
+                    self._descriptors.pop(shard, None)  # the map holds the file
         return found
 
     def close(self) -> None:
-        """Close what is open."""
+        """Let go of all files; they are closed as soon as no thread reads them."""
         with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
             self._descriptors.clear()
             self._maps.clear()
 
-    def __del__(self) -> None:
-        self.close()
+
+def neighbours(shard_C: IntArray, offset_C: IntArray, length_C: IntArray) -> list[int]:
+    """Return where each group of chunks ends that is worth a single read.
+
+    Parameters
+    ----------
+    shard_C, offset_C, length_C
+        Where chunks lie, sorted by shard and offset.
+    """
+    end_C = offset_C.astype(np.int64) + length_C
+    is_far = (shard_C[1:] != shard_C[:-1]) | (offset_C[1:] > end_C[:-1] + _LARGEST_GAP)
+    return [*(np.flatnonzero(is_far) + 1).tolist(), len(shard_C)]

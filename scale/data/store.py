@@ -13,7 +13,6 @@ Shapes: N = cells.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -26,12 +25,13 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from scale.data.codec import CHUNK_CELLS, CellChunk, parse_chunk
+from scale.data.chunk_reader import ChunkReader
+from scale.data.codec import CHUNK_CELLS, CellChunk
 from scale.data.csr import CsrCounts, IntArray
 from scale.data.genes import GeneVocabulary
+from scale.data.remote import RemoteFiles, is_remote
 from scale.data.shards import Shards
 from scale.data.store_files import (
-    ADDED_COLUMNS,
     CHUNK_DTYPE,
     MANIFEST,
     check_files,
@@ -43,9 +43,9 @@ from scale.types import Condition, Perturbation, StoreError
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from torch import Tensor
 
-    from scale.data.compact import CompactCells
+    from scale.data.buffers import BufferPool
+    from scale.data.gather import FoundCells
 
 _FOLD_PURPOSE = 5  # purposes 1 to 4 are the plan's
 
@@ -57,7 +57,9 @@ class CellSetStore:
     Parameters
     ----------
     path
-        The directory.
+        The directory; of a remote store, the one that holds what was fetched of it.
+    address
+        Where the store was opened, for messages: the directory, or the remote address.
     manifest
         What ``manifest.json`` says.
     genes
@@ -80,6 +82,7 @@ class CellSetStore:
     """
 
     path: Path
+    address: str
     manifest: dict[str, Any]
     genes: GeneVocabulary
     conditions: pd.DataFrame
@@ -87,35 +90,54 @@ class CellSetStore:
     labels: tuple[str, ...]
     batches: tuple[str, ...]
     chunks: npt.NDArray[np.void]
-    _shards: Shards
-    _is_checked: npt.NDArray[np.bool_]
+    _reader: ChunkReader
+    _remote: RemoteFiles | None
 
     @classmethod
-    def open(cls, path: Path | str, *, verify: Literal["index", "full"] = "index") -> CellSetStore:
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        verify: Literal["index", "full"] = "index",
+        cache_dir: Path | str | None = None,
+        cache_bytes: int | None = None,
+    ) -> CellSetStore:
         """Open a store.
 
         Parameters
         ----------
         path
-            The directory.
+            The directory, or the address of a remote one (``https://...``, ``s3://...``).
         verify
             ``index`` checks sizes and the hashes of all small files, ``full`` every byte.
+        cache_dir, cache_bytes
+            Where the shards of a remote store are kept, and how much of them; see
+            :class:`scale.data.remote.RemoteFiles`.
 
         Raises
         ------
         StoreError
             If there is no store, or a file is missing or damaged; the message names the file.
         """
+        address, remote = str(path), None
+        if is_remote(path):
+            remote = RemoteFiles(address, cache_dir=cache_dir, cache_bytes=cache_bytes)
+            address, path = remote.address, remote.path
         path = Path(path)
         manifest = read_manifest(path)
-        check_files(path, manifest["files"], with_shards=verify == "full")
+        if remote is None:
+            check_files(path, manifest["files"], with_shards=verify == "full")
+        elif verify == "full":
+            remote.verify()
         tables = StoreTables.read(path)
         chunks = np.load(path / "chunks.npy", mmap_mode="r")
         shards = [f["path"] for f in manifest["files"] if f["path"].startswith("shards/")]
         if chunks.dtype != CHUNK_DTYPE or len(chunks) != manifest["num_chunks"]:
             raise StoreError(f"{path / 'chunks.npy'} does not fit the manifest")
+        open_file = None if remote is None else remote.open
         return cls(
             path,
+            address,
             manifest,
             tables.genes,
             tables.conditions,
@@ -123,8 +145,8 @@ class CellSetStore:
             tables.labels,
             tables.batches,
             chunks,
-            Shards(path, shards),
-            np.zeros(len(chunks), dtype=bool),
+            ChunkReader(chunks, Shards(path, shards, open_file), tables),
+            remote,
         )
 
     @property
@@ -171,21 +193,7 @@ class CellSetStore:
             If the bytes are not those that were written; the message names shard, chunk and
             condition.
         """
-        _, shard, _, offset, length, crc, _, _ = self.chunks[chunk].item()
-        try:
-            blob = self._shards.read(shard, offset, length)
-        except OSError as error:
-            raise StoreError(f"{self._name(chunk)} cannot be read: {error}") from error
-        # Bytes of a mapped file are checked when first touched, and remembered.
-        if not self._is_checked[chunk]:
-            found = zlib.crc32(blob)
-            if len(blob) != length or found != crc:
-                raise StoreError(
-                    f"{self._name(chunk)} is damaged: crc32 {found:08x} of {len(blob)} bytes, "
-                    f"expected {crc:08x} of {length}; restore the shard from a copy"
-                )
-            self._is_checked[chunk] = self._shards.is_control[shard]
-        return blob
+        return self._reader.read(chunk)
 
     def read_chunk(self, chunk: int) -> CellChunk:
         """Return a chunk's streams, checked.
@@ -195,25 +203,7 @@ class CellSetStore:
         StoreError
             See :meth:`read_blob`.
         """
-        blob = self.read_blob(chunk)
-        try:
-            parsed = parse_chunk(blob, num_genes=self.num_genes)
-        except StoreError as error:
-            raise StoreError(f"{self._name(chunk)}: {error}") from error
-        entry = self.chunks[chunk]
-        if parsed.num_cells != entry["num_cells"] or parsed.num_nonzero != entry["num_nonzero"]:
-            raise StoreError(f"{self._name(chunk)} has other sizes than the index says")
-        return parsed
-
-    def _name(self, chunk: int) -> str:
-        entry = self.chunks[chunk]
-        condition = int(entry["condition"])
-        what = self.condition(condition)
-        batch = "" if what.batch is None else f", {what.batch}"
-        return (
-            f"{self._shards.paths[int(entry['shard'])]}: chunk {chunk} of condition {condition} "
-            f"({what.cell_type}, {what.perturbation.label}{batch})"
-        )
+        return self._reader.parse(chunk)
 
     def locate(self, condition: int, rows: IntArray) -> tuple[IntArray, IntArray]:
         """Return chunk number and row in the chunk for positions within a condition."""
@@ -242,33 +232,27 @@ class CellSetStore:
         starts = np.cumsum([0] + [part.num_cells for part in parts])
         return CsrCounts.concatenate(parts).take(starts[part_N] + row_N)
 
-    def gather(
-        self, chunk_N: IntArray, row_N: IntArray, slot_N: IntArray, *, buffer: Tensor | None = None
-    ) -> CompactCells:
-        """Return single control cells, read in place from the mapped shards.
+    def find_cells(
+        self,
+        chunk_N: npt.NDArray[np.int64],
+        row_N: npt.NDArray[np.int64],
+        buffers: BufferPool,
+    ) -> FoundCells:
+        """Return where single cells lie in memory; chunks of treated cells are read for it.
 
         Parameters
         ----------
         chunk_N, row_N
-            Chunk number and row within it; see :meth:`locate`. The chunks must be control chunks.
-        slot_N
-            Row of the decoded result that each cell goes to.
-        buffer
-            Memory to write to.
-        """
-        from scale.data.gather import gather_rows
+            Chunk number and row within it; see :meth:`locate`.
+        buffers
+            Where memory for the chunks that are read is taken from.
 
-        for chunk in np.unique(chunk_N[~self._is_checked[chunk_N]]):
-            self.read_chunk(int(chunk))
-        shards, shard_N = np.unique(self.chunks["shard"][chunk_N], return_inverse=True)
-        return gather_rows(
-            [self._shards.mapped(int(shard)) for shard in shards],
-            shard_N,
-            self.chunks["offset"][chunk_N].astype(np.int64),
-            row_N,
-            slot_N,
-            buffer=buffer,
-        )
+        Raises
+        ------
+        StoreError
+            See :meth:`read_blob`.
+        """
+        return self._reader.find_cells(chunk_N, row_N, buffers)
 
     def to_anndata(
         self, conditions: Sequence[int] | None = None, *, max_cells: int | None = None
@@ -293,6 +277,8 @@ class CellSetStore:
         """
         from anndata import AnnData
 
+        from scale.data.cell_table import describe_cells
+
         table = self.conditions if conditions is None else self.conditions.loc[list(conditions)]
         sizes = table["num_cells"].to_numpy()
         if max_cells is not None:
@@ -306,60 +292,7 @@ class CellSetStore:
         var = pd.DataFrame(index=pd.Index(self.genes.symbols, dtype=object))
         if self.genes.ensembl_ids is not None:
             var["ensembl_id"] = list(self.genes.ensembl_ids)
-        return AnnData(matrix, obs=self._describe(table, parts), var=var)
-
-    def _describe(self, table: pd.DataFrame, parts: Sequence[CsrCounts]) -> pd.DataFrame:
-        """Return what is known of the first cells of the conditions in ``table``."""
-        sizes = [part.num_cells for part in parts]
-
-        def spread(per_condition: Sequence[Any], dtype: Any = object) -> npt.NDArray[Any]:
-            return np.repeat(np.array(per_condition, dtype), sizes)
-
-        def join(per_cell: Sequence[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
-            return np.concatenate([np.empty(0, dtype), *per_cell])
-
-        row_N = join([np.arange(size) for size in sizes], np.int64)
-        number_N = spread(table.index.to_list(), np.int64)
-        source = [f"c{c}:{r}" for c, r in zip(number_N.tolist(), row_N.tolist(), strict=True)]
-        folds = [
-            control_fold(self.condition(c), total)[:size]
-            if is_control
-            else np.full(size, -1, np.int8)
-            for c, total, is_control, size in zip(
-                table.index, table["num_cells"], table["is_control"], sizes, strict=True
-            )
-        ]
-        batches = np.array([*self.batches, None], object)  # NO_BATCH is far behind: None
-        batch = [
-            np.full(part.num_cells, name, object)
-            if part.batch_code_N is None
-            else batches[np.minimum(part.batch_code_N, len(self.batches))]
-            for name, part in zip(table["batch"], parts, strict=True)
-        ]
-        added = (
-            join([part.library_N for part in parts], np.uint32),
-            number_N,
-            spread(table["is_control"].to_list(), bool),
-            source,
-            join(folds, np.int8),
-        )
-        obs = pd.DataFrame(
-            dict(zip(ADDED_COLUMNS, added, strict=True)), index=pd.Index(source, dtype=object)
-        )
-        columns = self.columns
-        if columns["dose"] is not None:
-            obs[columns["dose"]] = spread(
-                [_first_dose(self.perturbations[p]) for p in table["perturbation"]], np.float64
-            )
-        names = {
-            "perturbation": spread([self.labels[p] for p in table["perturbation"]]),
-            "cell_type": spread(table["cell_type"].to_list()),
-            "batch": join(batch, object),
-        }
-        for key, values in names.items():
-            if (name := columns[key]) is not None:
-                obs[name] = pd.Categorical(values)
-        return obs
+        return AnnData(matrix, obs=describe_cells(self, table, parts), var=var)
 
     def verify(self) -> None:
         """Check every byte of every file.
@@ -371,11 +304,14 @@ class CellSetStore:
         """
         if read_manifest(self.path) != self.manifest:
             raise StoreError(f"{self.path / MANIFEST} is not that of the store that was opened")
-        check_files(self.path, self.manifest["files"], with_shards=True)
+        if self._remote is None:
+            check_files(self.path, self.manifest["files"], with_shards=True)
+        else:
+            self._remote.verify()
 
     def close(self) -> None:
         """Close the shard files; they are opened again when needed."""
-        self._shards.close()
+        self._reader.shards.close()
 
     def __enter__(self) -> CellSetStore:
         return self
@@ -387,11 +323,6 @@ class CellSetStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _first_dose(perturbation: Perturbation) -> float:
-    doses = [c.dose for c in perturbation.components if c.dose is not None]
-    return doses[0] if doses else np.nan
 
 
 def control_fold(condition: Condition, num_cells: int) -> npt.NDArray[np.int8]:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from scale.config import Codec
 from scale.data.codec import CHUNK_CELLS, encode_chunk, parse_chunk
-from scale.data.compact import Projection, compact_from_chunks, decode, decode_numba
+from scale.data.compact import CompactCells, Projection, decode, decode_numba
 from scale.data.csr import LARGEST_COUNT, CsrCounts, checked_counts
-from scale.data.gather import gather_rows
+from scale.data.expand import check_chunks, expand_chunk
+from scale.data.gather import find_cells
 from scale.types import SourceError, StoreError
 
 # float32 log1p of a float32 product: half a unit in the last place of values below 16 is 4.8e-7
@@ -57,6 +58,37 @@ def reference(cells, num_genes, target_sum, value_scale=1.0):
     return np.log1p(dense * target_sum / cells.library_N[:, None]) / value_scale
 
 
+def expanded(blobs):
+    """Return chunks without compression, one after the other, and where each starts."""
+    chunks = [parse_chunk(blob) for blob in blobs]
+    room = [len(b) + 2 * c.num_nonzero + 7 & -8 for b, c in zip(blobs, chunks, strict=True)]
+    start_C = np.cumsum([0, *room])
+    memory = np.full(start_C[-1], 255, np.uint8)
+    for blob, chunk, start in zip(blobs, chunks, start_C, strict=False):
+        expand_chunk(blob, memory[start:], chunk.num_cells, chunk.num_nonzero)
+    return memory, start_C[:-1]
+
+
+def compact_of(blobs, chunk_N, row_N, slot_N):
+    """Return some cells of some chunks as a compact batch."""
+    memory, start_C = expanded(blobs)
+    start_N = start_C[np.asarray(chunk_N, np.int64)]
+    return find_cells([memory], np.zeros_like(start_N), start_N, np.asarray(row_N)).copy(slot_N)
+
+
+def to_csr(compact):
+    """Return the counts of a compact batch by whole numbers, without the decoders."""
+    s = {
+        name: getattr(compact.streams(), name).numpy() for name in type(compact.streams()).__slots__
+    }
+    step, count = s["gap_M"].astype(np.int64) + 1, s["count_M"].astype(np.int64) + 1
+    np.add.at(step, s["gap_position_E"], s["gap_high_E"].astype(np.int64) * 256)
+    np.add.at(count, s["count_position_F"], s["count_high_F"].astype(np.int64) * 256)
+    indptr = np.concatenate([[0], np.cumsum(s["num_nonzero_N"])])
+    rows = [np.cumsum(step[a:b]) - 1 for a, b in zip(indptr[:-1], indptr[1:], strict=True)]
+    return indptr, np.concatenate([np.empty(0, np.int64), *rows]), count
+
+
 # --- bytes --------------------------------------------------------------------------------------
 
 
@@ -78,7 +110,15 @@ def test_encode_then_parse_is_the_identity(seed, num_cells, num_genes, with_edge
     assert_equal(chunk.to_csr(), cells)
     assert encode_chunk(chunk.to_csr(), codec=codec) == blob
     rows = rng.permutation(num_cells)[: int(rng.integers(1, num_cells + 1))]
-    assert_equal(chunk.select_rows(rows).to_csr(), cells.take(rows))
+    compact = compact_of([blob], np.zeros_like(rows), rows, rows)
+    wanted = cells.take(rows)
+    for found, expected in zip(
+        to_csr(compact), (wanted.indptr_P, wanted.indices_M, wanted.counts_M), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+    streams = compact.streams()
+    assert streams.slot_N.tolist() == rows.tolist()
+    np.testing.assert_array_equal(streams.library_N, wanted.library_N.astype(np.float32))
 
 
 def test_rows_of_every_gap_and_count_that_needs_an_escape():
@@ -131,17 +171,25 @@ def test_a_blob_that_lies_is_refused(codec):
             try:
                 chunk = parse_chunk(bytes(damaged), num_genes=70_000)
             except StoreError:
-                continue
-            decode_chunks([chunk], 70_000)
+                chunk = None
+            memory = np.empty(len(blob) + 2 * cells.counts_M.size + 8, np.uint8)
+            try:
+                expand_chunk(bytes(damaged), memory, cells.num_cells, cells.counts_M.size)
+                fault = check_chunks(memory, np.zeros(1, np.int64), num_genes=70_000)
+            except StoreError:
+                fault = 0, "refused"
+            # other sizes than those of the index are refused too
+            assert (chunk is None) <= (fault is not None)
+            if fault is None:
+                decode_all(memory, cells.num_cells, 70_000)
 
 
-def decode_chunks(chunks, num_genes):
-    ends = np.cumsum([chunk.num_cells for chunk in chunks])
-    slots = [np.arange(e - c.num_cells, e) for e, c in zip(ends, chunks, strict=True)]
-    compact = compact_from_chunks(chunks, slots)
+def decode_all(memory, num_cells, num_genes):
+    rows, zeros = np.arange(num_cells), np.zeros(num_cells, np.int64)
+    compact = find_cells([memory], zeros, zeros, rows).copy(rows)
     library = compact.streams().library_N
     library.clamp_(min=1)  # a library of 0 with counts is refused by the writer
-    return decode_numba(compact, num_rows=int(ends[-1]), num_genes=num_genes, target_sum=1e4)
+    return decode_numba(compact, num_rows=num_cells, num_genes=num_genes, target_sum=1e4)
 
 
 # --- values -------------------------------------------------------------------------------------
@@ -156,15 +204,12 @@ def make_batch(seed, num_genes, *, with_edges):
     parts = [
         CsrCounts(p.indptr_P, p.indices_M, p.counts_M, p.library_N % 20_000 + 1) for p in parts
     ]
-    chunks = [parse_chunk(encode_chunk(p, codec=Codec.zstd), num_genes=num_genes) for p in parts]
-    rows = [None, None, rng.permutation(17)[:9], np.array([], np.int64)]
-    kept = CsrCounts.concatenate(
-        [p if r is None else p.take(r) for p, r in zip(parts, rows, strict=True)]
-    )
+    blobs = [encode_chunk(p, codec=Codec.zstd) for p in parts]
+    rows = [np.arange(1), np.arange(64), rng.permutation(17)[:9], np.array([], np.int64)]
+    kept = CsrCounts.concatenate([p.take(r) for p, r in zip(parts, rows, strict=True)])
     slot_N = rng.permutation(100)[: kept.num_cells]
-    ends = np.cumsum([n if r is None else len(r) for n, r in zip(sizes, rows, strict=True)])
-    compact = compact_from_chunks(chunks, np.split(slot_N, ends[:-1]), rows)
-    return compact, kept, slot_N
+    chunk_N = np.repeat(np.arange(4), [len(r) for r in rows])
+    return compact_of(blobs, chunk_N, np.concatenate(rows), slot_N), kept, slot_N
 
 
 @pytest.mark.parametrize(
@@ -235,8 +280,9 @@ def test_no_cells_and_cells_without_counts_are_zeros():
     empty = CsrCounts(
         np.zeros(4, np.int64), np.empty(0, np.int32), np.empty(0, np.uint32), np.ones(3, np.uint32)
     )
-    chunk = parse_chunk(encode_chunk(empty, codec=Codec.zstd), num_genes=3)
-    for compact in (compact_from_chunks([chunk], [np.arange(3)]), compact_from_chunks([], [])):
+    blob = encode_chunk(empty, codec=Codec.zstd)
+    for rows in (np.arange(3), np.empty(0, np.int64)):
+        compact = compact_of([blob], np.zeros_like(rows), rows, rows)
         for function in (decode, decode_numba):
             values = function(compact, num_rows=4, num_genes=3, target_sum=1e4)
             assert values.shape == (4, 3)
@@ -255,11 +301,13 @@ def test_a_given_buffer_holds_the_streams():
     compact, _, _ = make_batch(3, 40, with_edges=True)
     buffer = torch.empty(compact.buffer.numel() + 100, dtype=torch.uint8)
     rng = np.random.default_rng(0)
-    cells = random_cells(rng, 8, 40)
-    chunk = parse_chunk(encode_chunk(cells, codec=Codec.none))
-    placed = compact_from_chunks([chunk], [np.arange(8)], buffer=buffer)
+    blob = encode_chunk(random_cells(rng, 8, 40), codec=Codec.none)
+    memory, _ = expanded([blob])
+    rows, zeros = np.arange(8), np.zeros(8, np.int64)
+    found = find_cells([memory], zeros, zeros, rows)
+    placed = found.copy(rows, out=CompactCells.empty(found.sizes, buffer=buffer))
     assert placed.buffer.data_ptr() == buffer.data_ptr()
-    assert torch.equal(placed.buffer, compact_from_chunks([chunk], [np.arange(8)]).buffer)
+    assert torch.equal(placed.buffer, found.copy(rows).buffer)
 
 
 @pytest.mark.parametrize("batch", [False, True])
@@ -280,13 +328,16 @@ def test_single_rows_out_of_mapped_shards(batch):
     row_N = np.array([rng.integers(0, parts[c].num_cells) for c in chunk_N])
     slot_N = rng.permutation(300)[:200]
     shard_N, offset_N = np.array(shard_of)[chunk_N], np.array(offset_of)[chunk_N]
-    compact = gather_rows(shards, shard_N, offset_N, row_N, slot_N)
+    found = find_cells(shards, shard_N, offset_N, row_N)
+    compact = found.copy(slot_N)
+    code = [parts[c].batch_code_N[r] if batch else -1 for c, r in zip(chunk_N, row_N, strict=True)]
+    assert found.batch_code_N.tolist() == code
     values = decode(compact, num_rows=300, num_genes=3000, target_sum=1e4).numpy()
     for chunk, row, slot in zip(chunk_N, row_N, slot_N, strict=True):
         expected = reference(parts[chunk].take(np.array([row])), 3000, 1e4)[0]
         np.testing.assert_allclose(values[slot], expected, rtol=1e-7, atol=TOLERANCE)
     with pytest.raises(StoreError, match="fewer cells"):
-        gather_rows(shards, shard_N[:1], offset_N[:1], np.array([64]), slot_N[:1])
+        find_cells(shards, shard_N[:1], offset_N[:1], np.array([64]))
 
 
 # --- what the format can hold -------------------------------------------------------------------

@@ -231,8 +231,9 @@ def test_controls_have_the_batches_of_the_treated_cells(mixed_path):
         for number, c in enumerate(block.condition_B.tolist()):
             numbers = np.array([number])
             one = plan.block(numbers)
-            _, codes = reader._read_treated(one)
-            plan.match_batches(one, 0, number, codes[0], store.batches)
+            slot_N, treated = reader._find_treated(one)
+            codes = [treated.batch_code_N]
+            reader._match_batches(one, numbers, slot_N, treated)
             control = list(zip(one.control_condition_BS[0], one.control_row_BS[0], strict=True))[
                 : one.control_count_B[0]
             ]

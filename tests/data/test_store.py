@@ -15,7 +15,8 @@ import pytest
 import scipy.sparse as sp
 
 from scale.config import Codec
-from scale.data.compact import compact_from_chunks, decode
+from scale.data.buffers import BufferPool
+from scale.data.compact import decode
 from scale.data.genes import GeneVocabulary
 from scale.data.store import CellSetStore, control_fold
 from scale.data.store_files import MANIFEST, seal
@@ -124,9 +125,8 @@ def test_values_are_those_of_scanpy_on_all_genes_before_the_cut(tmp_path):
     with open_writer(tmp_path / "store") as writer:
         writer.add(TREATED, "KLF1", counts[:, kept], np.asarray(counts.sum(1)).ravel())
     store = CellSetStore.open(tmp_path / "store")
-    chunks = [store.read_chunk(chunk) for chunk in range(3)]
-    slots = np.split(np.arange(150), [64, 128])
-    compact = compact_from_chunks(chunks, slots)
+    chunk_N, row_N = store.locate(0, np.arange(150))
+    compact = store.find_cells(chunk_N, row_N, BufferPool()).copy(np.arange(150))
     values = decode(compact, num_rows=150, num_genes=9, target_sum=1e4).numpy()
     np.testing.assert_allclose(values, adata.X[:, kept].toarray(), atol=1e-6)
 
@@ -140,7 +140,7 @@ def test_single_control_cells_are_read_in_place(toy_store_path):
     places = [store.locate(c, np.array([r])) for c, r in zip(condition_N, row_N, strict=True)]
     chunk_N, inner_N = (np.concatenate(p) for p in zip(*places, strict=True))
     slot_N = rng.permutation(100)
-    compact = store.gather(chunk_N, inner_N, slot_N)
+    compact = store.find_cells(chunk_N, inner_N, BufferPool()).copy(slot_N)
     values = decode(compact, num_rows=100, num_genes=60, target_sum=1e4)
     for condition, row, slot in zip(condition_N, row_N, slot_N, strict=True):
         cells = store.read(int(condition), np.array([row]))
@@ -296,7 +296,7 @@ def test_a_flipped_byte_in_a_shard_is_noticed_when_it_is_read(small_store, tmp_p
         store.read(1 - condition)
         if condition == 0:
             with pytest.raises(StoreError, match=message):
-                store.gather(np.array([0]), np.array([1]), np.array([0]))
+                store.find_cells(np.array([0]), np.array([1]), BufferPool())
 
 
 def test_a_shard_that_shrinks_after_opening_is_noticed(small_store, tmp_path):
@@ -335,7 +335,7 @@ def test_reading_leaves_no_file_open(toy_store_path):
             store.read(1)
         CellSetStore.open(toy_store_path).read(1)  # closed when it is collected
         numbers.append(len(list(Path("/proc/self/fd").iterdir())))
-    assert numbers[-1] == numbers[1]  # pyarrow keeps some of its own after the first
+    assert numbers[-1] <= numbers[1]  # pyarrow keeps some of its own after the first
 
 
 # --- writing ------------------------------------------------------------------------------------
