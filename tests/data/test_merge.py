@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from prepared_store import cells_of, make, make_h5ad
 from store_parts import Part, coded, write
 
-from scale.config import DataConfig
+from scale.config import DataConfig, SourceFormat
 from scale.data.merge import merge_stores
 from scale.data.module import CellSetDataModule
 from scale.data.store import CellSetStore
@@ -65,6 +66,22 @@ def test_a_merged_store_is_the_store_of_all_conditions(folder):
         assert merged.labels == joint.labels
         for chunk in range(len(merged.chunks)):
             merged.read_chunk(chunk)
+
+
+def test_stores_prepared_apart_hold_the_cells_of_one_prepared_at_once(tmp_path):
+    source = make_h5ad(tmp_path / "cells.h5ad")
+    joint = make(tmp_path / "joint", SourceFormat.h5ad, source)
+    lines = ("A549", "K562")
+    for line in lines:
+        make(tmp_path / line, SourceFormat.h5ad, source, where={"line": [line]})
+    merge_stores([tmp_path / line for line in lines], tmp_path / "merged")
+    with CellSetStore.open(tmp_path / "merged", verify="full") as merged:
+        assert cells_of(merged) == cells_of(joint)
+        rows = StoreRows(merged)
+        names = rows.barcodes(0, rows.num_cells)
+        assert sorted(names) == sorted(f"0-{i}" for i in range(500))
+        counts = merged.to_anndata().X[:, 0].toarray().ravel()  # a cell's number in the source + 1
+        assert names.tolist() == [f"0-{int(count) - 1}" for count in counts]
 
 
 def test_shards_keep_their_bytes_and_their_blocks_on_the_disk(folder):
