@@ -1,6 +1,8 @@
 """What a store knows of its cells, as the ``obs`` of an AnnData.
 
 Apart from the store because nothing of it is needed in training.
+
+Shapes: N = cells, C = conditions.
 """
 
 from __future__ import annotations
@@ -12,10 +14,80 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scale.data.csr import CsrCounts
+from scale.data.csr import NO_BATCH, CsrCounts
 from scale.data.store import CellSetStore, control_fold
 from scale.data.store_files import ADDED_COLUMNS
 from scale.types import Perturbation
+
+Integers = npt.NDArray[np.int64]
+
+
+class CellTable:
+    """Describes any cells of an open store, given by condition and row within it."""
+
+    def __init__(self, store: CellSetStore) -> None:
+        self._store = store
+        table = store.conditions
+        number_C = table["perturbation"].to_numpy(np.int64)
+        doses = [_first_dose(perturbation) for perturbation in store.perturbations]
+        self.by_condition: dict[str, npt.NDArray[Any]] = {
+            "perturbation": np.array(store.labels, object)[number_C],
+            "cell_type": table["cell_type"].to_numpy(object),
+            "dose": np.array(doses, np.float64)[number_C],
+            "is_control": table["is_control"].to_numpy(bool),
+        }
+        """What all cells of a condition share; the perturbation is the source's text."""
+        code = {name: i for i, name in enumerate(store.batches)}
+        self._code_C = np.array([code.get(name, NO_BATCH) for name in table["batch"]], np.uint16)
+        self._batch_names = np.array([*store.batches, None], object)
+        self._size_C = table["num_cells"].to_numpy(np.int64)
+        self._fold: tuple[int, npt.NDArray[np.int8]] = (-1, np.empty(0, np.int8))
+
+    def batch_codes(self, condition: int, cells: CsrCounts) -> npt.NDArray[np.uint16]:
+        """Return the code of the batch of each cell, whether the condition or the cells have it."""
+        if cells.batch_code_N is not None:
+            return cells.batch_code_N
+        return np.full(cells.num_cells, self._code_C[condition])
+
+    def batch_names(self, code_N: npt.NDArray[np.uint16]) -> npt.NDArray[np.object_]:
+        """Return the name behind each code; None where a cell has no batch."""
+        return self._batch_names[np.minimum(code_N, len(self._batch_names) - 1)]
+
+    def describe(
+        self,
+        condition_N: Integers,
+        row_N: Integers,
+        library_N: npt.NDArray[np.uint32],
+        batch_code_N: npt.NDArray[np.uint16],
+    ) -> pd.DataFrame:
+        """Return the columns that ``CellSetStore.to_anndata`` documents, names as plain texts."""
+        is_control_N = self.by_condition["is_control"][condition_N]
+        names = own_names(condition_N, row_N)
+        fold_N = self._folds(condition_N, row_N, is_control_N)
+        added = (library_N, condition_N, is_control_N, names, fold_N)
+        obs = pd.DataFrame(
+            dict(zip(ADDED_COLUMNS, added, strict=True)), index=pd.Index(names, dtype=object)
+        )
+        columns = self._store.columns
+        for key in ("dose", "perturbation", "cell_type"):
+            if (name := columns[key]) is not None:
+                obs[name] = self.by_condition[key][condition_N]
+        if (name := columns["batch"]) is not None:
+            obs[name] = self.batch_names(batch_code_N)
+        return obs
+
+    def _folds(
+        self, condition_N: Integers, row_N: Integers, is_control_N: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.int8]:
+        """Return the half of its control pool that each control cell is in; -1 for treated."""
+        fold_N = np.full(len(condition_N), -1, np.int8)
+        for condition in np.unique(condition_N[is_control_N]).tolist():
+            if self._fold[0] != condition:
+                size = int(self._size_C[condition])
+                self._fold = condition, control_fold(self._store.condition(condition), size)
+            is_here = condition_N == condition
+            fold_N[is_here] = self._fold[1][row_N[is_here]]
+        return fold_N
 
 
 def describe_cells(
@@ -32,54 +104,29 @@ def describe_cells(
     parts
         The first cells of each.
     """
+    cells, numbers = CellTable(store), table.index.to_list()
     sizes = [part.num_cells for part in parts]
-
-    def spread(per_condition: Sequence[Any], dtype: Any = object) -> npt.NDArray[Any]:
-        return np.repeat(np.array(per_condition, dtype), sizes)
-
-    def join(per_cell: Sequence[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
-        return np.concatenate([np.empty(0, dtype), *per_cell])
-
-    row_N = join([np.arange(size) for size in sizes], np.int64)
-    number_N = spread(table.index.to_list(), np.int64)
-    source = [f"c{c}:{r}" for c, r in zip(number_N.tolist(), row_N.tolist(), strict=True)]
-    folds = [
-        control_fold(store.condition(c), total)[:size] if is_control else np.full(size, -1, np.int8)
-        for c, total, is_control, size in zip(
-            table.index, table["num_cells"], table["is_control"], sizes, strict=True
-        )
-    ]
-    batches = np.array([*store.batches, None], object)  # NO_BATCH is far behind: None
-    batch = [
-        np.full(part.num_cells, name, object)
-        if part.batch_code_N is None
-        else batches[np.minimum(part.batch_code_N, len(store.batches))]
-        for name, part in zip(table["batch"], parts, strict=True)
-    ]
-    added = (
-        join([part.library_N for part in parts], np.uint32),
-        number_N,
-        spread(table["is_control"].to_list(), bool),
-        source,
-        join(folds, np.int8),
+    codes = [cells.batch_codes(c, part) for c, part in zip(numbers, parts, strict=True)]
+    obs = cells.describe(
+        np.repeat(np.array(numbers, np.int64), sizes),
+        _joined([np.arange(size) for size in sizes], np.int64),
+        _joined([part.library_N for part in parts], np.uint32),
+        _joined(codes, np.uint16),
     )
-    obs = pd.DataFrame(
-        dict(zip(ADDED_COLUMNS, added, strict=True)), index=pd.Index(source, dtype=object)
-    )
-    columns = store.columns
-    if columns["dose"] is not None:
-        obs[columns["dose"]] = spread(
-            [_first_dose(store.perturbations[p]) for p in table["perturbation"]], np.float64
-        )
-    names = {
-        "perturbation": spread([store.labels[p] for p in table["perturbation"]]),
-        "cell_type": spread(table["cell_type"].to_list()),
-        "batch": join(batch, object),
-    }
-    for key, values in names.items():
-        if (name := columns[key]) is not None:
-            obs[name] = pd.Categorical(values)
+    for key in ("perturbation", "cell_type", "batch"):
+        if (name := store.columns[key]) is not None:
+            obs[name] = pd.Categorical(obs[name])
     return obs
+
+
+def own_names(condition_N: Integers, row_N: Integers) -> npt.NDArray[np.object_]:
+    """Return ``c<id>:<row>`` for each cell."""
+    names = [f"c{c}:{r}" for c, r in zip(condition_N.tolist(), row_N.tolist(), strict=True)]
+    return np.array(names, object)
+
+
+def _joined(per_condition: Sequence[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *per_condition])
 
 
 def _first_dose(perturbation: Perturbation) -> float:

@@ -72,8 +72,7 @@ def _to_scdl(rows: StoreRows, target: Path, *, overwrite: bool, progress: Progre
         overwrite=overwrite,
     ) as writer:
         for start, stop in rows.ranges():
-            cells = rows.read(start, stop)
-            obs = rows.describe(start, cells)
+            cells, obs = rows.read_with_labels(start, stop)
             writer.add(cells.indptr_P, cells.indices_M, cells.counts_M, obs)
             if progress is not None:
                 progress("write", stop, rows.num_cells)
@@ -87,8 +86,8 @@ def _to_h5ad(rows: StoreRows, target: Path, *, overwrite: bool, progress: Progre
     if store.genes.ensembl_ids is not None:
         var["ensembl_id"] = np.array(store.genes.ensembl_ids, object)
     names = {
-        "perturbation": set(rows.by_condition("perturbation")),
-        "cell_type": set(rows.by_condition("cell_type")),
+        "perturbation": set(rows.cells.by_condition["perturbation"]),
+        "cell_type": set(rows.cells.by_condition["cell_type"]),
         "batch": set(store.batches),
     }
     categories = {
@@ -107,8 +106,8 @@ def _to_h5ad(rows: StoreRows, target: Path, *, overwrite: bool, progress: Progre
         ) as writer,
     ):
         for start, stop in rows.ranges():
-            cells = rows.read(start, stop)
+            cells, obs = rows.read_with_labels(start, stop)
             values_M = cells.counts_M.astype(np.float32)
-            writer.add(cells.indptr_P, cells.indices_M, values_M, rows.describe(start, cells))
+            writer.add(cells.indptr_P, cells.indices_M, values_M, obs)
             if progress is not None:
                 progress("write", stop, rows.num_cells)

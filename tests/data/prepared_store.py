@@ -74,7 +74,7 @@ def make(store, source_format, *files, **changes):
 def cells_of(store, genes=slice(None)):
     """Multiset of (cell type, perturbation with dose and unit, batch, control, library, counts)."""
     rows = StoreRows(store)
-    cells = rows.read(0, rows.num_cells)
+    cells, code_N = rows.read(0, rows.num_cells)
     shape = (rows.num_cells, store.num_genes)
     counts = sp.csr_matrix((cells.counts_M, cells.indices_M, cells.indptr_P), shape).toarray()
     conditions = [store.condition(c) for c in rows.place(0, rows.num_cells)[0].tolist()]
@@ -82,7 +82,7 @@ def cells_of(store, genes=slice(None)):
         (c.cell_type, c.perturbation, batch, bool(c.is_control), library, tuple(row))
         for c, batch, library, row in zip(
             conditions,
-            rows.batch_names(cells.batch_code_N).tolist(),
+            rows.cells.batch_names(code_N).tolist(),
             cells.library_N.tolist(),
             counts[:, genes].tolist(),
             strict=True,

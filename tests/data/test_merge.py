@@ -38,10 +38,10 @@ def content(store):
     rows, found = StoreRows(store), {}
     for number in store.conditions.index:
         first, size = int(rows._start_P[number]), int(store.conditions.at[number, "num_cells"])
-        cells = rows.read(first, first + size)
+        cells, code_N = rows.read(first, first + size)
         matrix = sp.csr_matrix((cells.counts_M, cells.indices_M, cells.indptr_P), (size, 300))
         names = rows.barcodes(first, first + size).tolist()
-        batches = rows.batch_names(cells.batch_code_N).tolist()
+        batches = rows.cells.batch_names(code_N).tolist()
         found[store.condition(number)] = (
             matrix.toarray().tolist(),
             cells.library_N.tolist(),

@@ -59,7 +59,7 @@ class StoreFile:
             return ObsColumn(np.where(code_N == NO_BATCH, -1, code_N), self._store.batches)
         if key == "condition":
             return self._spread(np.arange(len(self._size_C)).tolist())
-        return self._spread(self._rows.by_condition(key).tolist())
+        return self._spread(self._rows.cells.by_condition[key].tolist())
 
     def numbers(
         self, name: str, setting: str, kept_N: npt.NDArray[np.bool_] | None = None
@@ -109,10 +109,8 @@ class StoreFile:
         library_N = np.empty(self.num_cells, np.uint32)
         code_N = np.empty(self.num_cells, np.uint16)
         for start, stop in self._rows.ranges():
-            cells = self._rows.read(start, stop)
-            assert cells.batch_code_N is not None  # StoreRows gives every cell one
+            cells, code_N[start:stop] = self._rows.read(start, stop)
             library_N[start:stop] = cells.library_N
-            code_N[start:stop] = cells.batch_code_N
         return library_N, code_N
 
     # --- matrix ---------------------------------------------------------------------------------
@@ -146,7 +144,7 @@ class StoreFile:
     def rows(self, location: str, start: int, stop: int) -> sp.csr_matrix:
         """Return rows ``start`` to ``stop`` as CSR counts."""
         info = self.matrix(location)
-        cells = self._rows.read(start, stop)
+        cells, _ = self._rows.read(start, stop)
         return sp.csr_matrix(
             (cells.counts_M, cells.indices_M, cells.indptr_P), shape=(stop - start, info.shape[1])
         )
