@@ -64,24 +64,32 @@ def assign_pools(
 
     lists: list[list[int]] = []
     numbers: dict[tuple[int, ...], int] = {}
-    pool_of_entry = np.empty(len(entry), np.int64)
     fell_back: dict[str, None] = {}
-    uncovered: dict[str, None] = {}
-    for i, c in enumerate(entry.tolist()):
-        key = (cell_type[c], batch[c])
-        pool = by_cell_type.get(cell_type[c], [])
-        if config.match_batch is not MatchBatch.ignore and batch[c] is not None:
-            own = members.get(key, [])
+
+    def choose(cell_type: str, batch: str | None) -> tuple[int, int]:
+        """Return number and cells of the pool of a cell type and batch."""
+        pool = by_cell_type.get(cell_type, [])
+        if config.match_batch is not MatchBatch.ignore and batch is not None:
+            own = members.get((cell_type, batch), [])
             if num_cells[own].sum() >= config.minimum_control_cells:
                 pool = own
             else:
-                fell_back[f"({key[0]}, {key[1]}): {num_cells[own].sum()}"] = None
-        if num_cells[pool].sum() < (2 if i < num_targets else 3):
-            uncovered[f"{key[0]} ({num_cells[pool].sum()})"] = None
+                fell_back[f"({cell_type}, {batch}): {num_cells[own].sum()}"] = None
         number = numbers.setdefault(tuple(pool), len(lists))
         if number == len(lists):
             lists.append(pool)
-        pool_of_entry[i] = number
+        return number, int(num_cells[pool].sum())
+
+    chosen: dict[tuple[str, str | None], tuple[int, int]] = {}
+    pool_of_entry = np.empty(len(entry), np.int64)
+    uncovered: dict[str, None] = {}
+    for i, c in enumerate(entry.tolist()):
+        key = (cell_type[c], batch[c])
+        if key not in chosen:
+            chosen[key] = choose(*key)
+        pool_of_entry[i], size = chosen[key]
+        if size < (2 if i < num_targets else 3):
+            uncovered[f"{key[0]} ({size})"] = None
     _refuse(uncovered, fell_back, config)
     member = np.array([c for pool in lists for c in pool], np.int64)
     first_cell = [np.cumsum(num_cells[pool]) - num_cells[pool] for pool in lists]

@@ -343,7 +343,7 @@ def _locate(cell_N: Integers, pool: Arrays, condition_N: Integers, row_N: Intege
 def _fill_block(
     settings: Arrays, entries: Arrays, pools: Arrays, sets: Arrays, out: Arrays
 ) -> None:
-    """Write the cells of every set; one call for all of them, 25 us per set of 256 + 256 + 256."""
+    """Write the cells of every set; one call for all of them, 25 us per set of 256 + 256 + 64."""
     seed, shuffle, repeat = settings
     condition_E, is_control_E, cells_E, passes_E, pool_E, start_E = entries
     begin_P, member_M, first_cell_M, size_M = pools
