@@ -95,13 +95,25 @@ class CellNames:
 
     @classmethod
     def of(cls, store: CellSetStore) -> CellNames | None:
-        """Return the names of a store's cells, or None if it does not have those of all cells."""
-        folder = store.path / "cells"
-        parts = sorted(folder.glob("*.parquet"))
+        """Return the names of a store's cells, or None if it does not have those of all cells.
+
+        Raises
+        ------
+        StoreError
+            If they are at another address: only what training needs is fetched.
+        """
+        names = [f["path"] for f in store.manifest["files"] if f["path"].startswith("cells/")]
+        parts = [store.path / name for name in sorted(names)]
+        if not all(part.exists() for part in parts):
+            raise StoreError(
+                f"{store.address}: the names of cells are not on this machine; copy the whole "
+                "store here and read the copy"
+            )
         if not parts or "barcode" not in pq.read_schema(parts[0]).names:
             return None
         rows = ParquetRows(parts, ("chunk", "row", "barcode"))
-        return cls(folder, rows) if len(rows) == store.manifest["num_cells"] else None
+        is_complete = len(rows) == store.manifest["num_cells"]
+        return cls(store.path / "cells", rows) if is_complete else None
 
     def read(
         self, start: int, chunk_N: npt.NDArray[np.int64], row_N: npt.NDArray[np.int64]

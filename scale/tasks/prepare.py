@@ -36,9 +36,9 @@ def run(config: PrepareConfig) -> int:
     if not chosen:
         return _prepare(config)
     if config.verify is not None:
-        print(_verify(Path(config.verify)))
+        print(_verify(config.verify))
     elif config.export is not None:
-        print(_export(Path(config.store), Path(config.export), overwrite=config.overwrite))
+        print(_export(config.store, Path(config.export), overwrite=config.overwrite))
     else:
         paths = [Path(path) for path in config.merge]
         print(_merge(paths, Path(config.store), overwrite=config.overwrite))
@@ -57,7 +57,7 @@ def _prepare(config: PrepareConfig) -> int:
     return 0
 
 
-def _verify(path: Path) -> str:
+def _verify(path: str) -> str:
     with CellSetStore.open(path, verify="full") as store:
         files = store.manifest["files"]
         size = sum(file["size"] for file in files)
@@ -70,7 +70,7 @@ def _verify(path: Path) -> str:
     )
 
 
-def _export(path: Path, target: Path, *, overwrite: bool) -> str:
+def _export(path: str, target: Path, *, overwrite: bool) -> str:
     start_logging(None, _WORLD)
     with CellSetStore.open(path) as store:
         num_cells = export_store(store, target, overwrite=overwrite, progress=CellProgress())

@@ -132,6 +132,20 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
 
 
+def test_a_store_at_an_address_is_exported_as_far_as_it_is_fetched(tmp_path):
+    pytest.importorskip("fsspec")
+    local = write_store(tmp_path / "store")
+    with CellSetStore.open(f"file://{local}", cache_dir=tmp_path / "cache") as store:
+        export_store(store, tmp_path / "cells.h5ad")
+        assert (ad.read_h5ad(tmp_path / "cells.h5ad").X != store.to_anndata().X).nnz == 0
+    named = write(tmp_path / "named", [Part("A549")])
+    with (
+        CellSetStore.open(f"file://{named}", cache_dir=tmp_path / "cache") as store,
+        pytest.raises(StoreError, match=r"names of cells are not on this machine; copy the whole"),
+    ):
+        export_store(store, tmp_path / "named.h5ad")
+
+
 def test_the_ending_says_the_format(tmp_path):
     with (
         CellSetStore.open(write_store(tmp_path / "store")) as store,

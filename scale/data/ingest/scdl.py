@@ -220,9 +220,10 @@ class ScdlSource:
 # --- columns of parquet files ---------------------------------------------------------------------
 
 
-def _read_column(path: Path, name: str) -> pa.Array:
+def _read_column(path: Path, name: str) -> pa.ChunkedArray:
+    """Return a column; texts as a dictionary, which is what parquet stores of labels."""
     try:
-        return pq.read_table(path, columns=[name]).column(0).combine_chunks()
+        return pq.read_table(path, columns=[name], read_dictionary=[name]).column(0)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path}: column {name!r} cannot be read ({error})") from error
 
@@ -238,6 +239,7 @@ def _as_codes(path: Path, name: str) -> tuple[npt.NDArray[np.int32], list[str]]:
         coded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
     except pa.ArrowException as error:
         raise SourceError(f"{path}: column {name!r} holds {values.type}; expected texts") from error
+    coded = coded.unify_dictionaries().combine_chunks()
     distinct = coded.dictionary.to_pylist()
     code_N = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
     missing = [i for i, value in enumerate(distinct) if value is None or value != value]
