@@ -27,18 +27,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from data_ingest import Ingest, gzip_copy, h5ad_settings, ingest, tahoe_settings
 from data_sets import SET_A, SET_B, Design, make_dense_h5ad, make_h5ad
+from machine import describe_machine
 from worker import Worker
 
 HERE = Path(__file__).resolve().parent
@@ -286,31 +284,6 @@ def report_ingest(runs: dict[str, Ingest], figures: dict[str, Any]) -> None:
     figures["bytes_per_cell_barcodes"] = large.bytes_per_cell_names
 
 
-def machine() -> dict[str, Any]:
-    """Return what the figures were taken on and with."""
-    model = "unknown"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    names = ("numpy", "numba", "torch", "h5py", "anndata", "pyarrow", "zstandard")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or None,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in (*names, "scale-virtual-cell")},
-            "cell-load": "0.10.4",
-        },
-    }
-
-
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -328,8 +301,8 @@ def main() -> None:
         sys.exit(f"no environment with cell-load: {made.stderr[-500:]}")
     python = made.stdout.strip()
 
-    figures: dict[str, Any] = {"quick": quick, "rounds": rounds, "machine": machine()}
-    figures |= {"readers": {}, "ratios": {}}
+    figures: dict[str, Any] = {"quick": quick, "rounds": rounds, "machine": describe_machine()}
+    figures |= {"cell_load_version": "0.10.4", "readers": {}, "ratios": {}}
     a, b = (SET_A.sized(30_000, 32), SET_B.sized(12_000, 10)) if quick else (SET_A, SET_B)
     print(f"{rounds} rounds after the first, medians; {figures['machine']['cpu']}")
     for make, design in ((make_case_a, a), (make_case_b, b)):
