@@ -19,11 +19,12 @@ GIVEN = {
     "predict": ["checkpoint=runs/x", "input=cells.h5ad"],
     "evaluate": ["predicted=a.h5ad", "observed=b.h5ad"],
 }
+LABELS = ["columns.perturbation=drug", "columns.cell_type=line", "control=DMSO"]
 NEEDED_BY = {
-    "source=h5ad": [
-        *("source.files=x.h5ad", "columns.perturbation=drug", "columns.cell_type=line"),
-        *("control=DMSO", "store=data/mine"),
-    ],
+    "source=h5ad": ["source.files=x.h5ad", "store=data/mine", *LABELS],
+    "source=scdl": ["source.files=x.scdl", "store=data/mine", *LABELS],
+    "source=store": ["source.files=data/first", "store=data/mine", *LABELS],
+    "source=tahoe_parquet": ["source.files=data/*.parquet", "source.metadata=metadata"],
     "genes=list": ["genes.file=panel.txt"],
     "experiment=prepare_tahoe": ["source.files=plates/*.h5ad"],
 }

@@ -17,17 +17,16 @@ import os
 import shutil
 from pathlib import Path
 
-from scale.config import PrepareConfig, Restart, SourceFormat
-from scale.data.ingest.h5ad import H5adSource
+from scale.config import PrepareConfig, Restart
 from scale.data.ingest.identity import describe_identity
 from scale.data.ingest.journal import Journal
 from scale.data.ingest.reader import close_opened
 from scale.data.ingest.report import PrepareReport
-from scale.data.ingest.source import Source, find_files
+from scale.data.ingest.source import Source
+from scale.data.ingest.sources import make_sources
 from scale.data.ingest.stages import Progress, Sizes, Stages
 from scale.data.ingest.workers import Workers
 from scale.data.partial import PartialDirectory
-from scale.data.simulate import SimulationConfig, simulate
 from scale.data.store_files import MANIFEST
 from scale.types import StoreError
 
@@ -68,7 +67,7 @@ def prepare(
     """
     path = Path(config.store)
     _check_target(path, overwrite=config.overwrite)
-    sources = _sources(config)
+    sources = make_sources(config)
     identity = describe_identity(config, sources)
     directory = PartialDirectory(
         path,
@@ -102,14 +101,6 @@ def prepare(
 
 class _OtherStoreError(StoreError):
     """What lies in the way is not ours to remove."""
-
-
-def _sources(config: PrepareConfig) -> list[Source]:
-    if config.source.format is SourceFormat.synthetic:
-        settings = SimulationConfig(num_cells=config.source.num_cells, seed=config.seed)
-        return [H5adSource(simulate(settings).to_anndata(), memory_bytes=config.memory_bytes)]
-    files = find_files(config.source.files)
-    return [H5adSource(path, memory_bytes=config.memory_bytes) for path in files]
 
 
 def _check_target(path: Path, *, overwrite: bool) -> None:

@@ -104,12 +104,7 @@ class TokenRows:
         group = self._group_of(start)
         if not self._start_P[group] <= self._at <= start:
             self._at, self._rest = int(self._start_P[group]), None
-            self._batches = self._parquet.iter_batches(
-                _BATCH_ROWS,
-                row_groups=range(group, len(self._start_P) - 1),
-                columns=[TOKENS, VALUES],
-                use_threads=False,  # prepare has a process per core
-            )
+            self._batches = self._decode_from(group)
         for end in (start, stop):
             while self._at < end:
                 piece = self._next(end - self._at)
@@ -117,21 +112,30 @@ class TokenRows:
                 if end == stop:
                     yield piece
 
+    def _decode_from(self, first_group: int) -> Iterator[pa.RecordBatch]:
+        for group in range(first_group, len(self._start_P) - 1):
+            yield from self._parquet.iter_batches(
+                _BATCH_ROWS,
+                row_groups=[group],  # not all at once: a batch would reach into the next group
+                columns=[TOKENS, VALUES],
+                use_threads=False,  # prepare has a process per core
+            )
+
     def _next(self, num_rows: int) -> pa.RecordBatch:
         """Return the next rows, ``num_rows`` at most."""
-        if not self._rest:
+        while not self._rest:
             try:
-                self._rest = next(self._batches, None)
+                self._rest = next(self._batches)
+            except StopIteration:
+                raise SourceError(
+                    f"{self._name} ends after {self._at} rows; its footer says "
+                    f"{self._start_P[-1]}. The file is damaged, fetch it again"
+                ) from None
             except (pa.ArrowException, OSError) as error:
                 raise SourceError(
                     f"{self._name}: rows from {self._at} on (row group {self._group_of(self._at)}) "
                     f"cannot be read ({error}); the file is damaged, fetch it again"
                 ) from error
-        if not self._rest:
-            raise SourceError(
-                f"{self._name} ends after {self._at} rows; its footer says {self._start_P[-1]}. "
-                "The file is damaged, fetch it again"
-            )
         piece, self._rest = self._rest.slice(0, num_rows), self._rest.slice(num_rows)
         return piece
 
