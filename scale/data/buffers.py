@@ -20,13 +20,13 @@ Memory = npt.NDArray[np.uint8]
 
 _ALIGNMENT = 64  # a cache line, and the widest vector of present processors
 _LARGEST_RATIO = 2  # a buffer is not spent on less than half of its size
-_PATIENCE = 64  # a batch takes four buffers
+_PATIENCE = 256  # a batch takes four buffers
 
 
 class BufferPool:
     """Tensors over memory that is used again and again; safe to share between threads.
 
-    Memory that was not needed for the last 64 requests is given back to the system.
+    Memory that was not needed for the last 256 requests is given back to the system.
 
     Examples
     --------

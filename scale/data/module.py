@@ -19,16 +19,14 @@ import numpy.typing as npt
 import torch
 
 from scale.config import DataConfig
+from scale.data.control_pool import ControlPool
 from scale.data.draws import Integers
 from scale.data.loader import Normalisation, SetReader
+from scale.data.rank_share import RankShare
 from scale.data.sampler import PLAN_VERSION, SetPlan
 from scale.data.split import Split
 from scale.data.store import CellSetStore
-from scale.data.training_statistics import (
-    TrainingStatistics,
-    principal_components,
-    sample_cells,
-)
+from scale.data.training_statistics import TrainingStatistics, principal_components, sample_cells
 from scale.data.vocabulary import (
     check_names,
     extend_vocabulary,
@@ -114,7 +112,9 @@ class CellSetDataModule:
         plan_seed: int | None = None,
     ) -> None:
         self.config = config
-        self.store = CellSetStore.open(config.store)
+        self.store = CellSetStore.open(
+            config.store, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes
+        )
         self._set_size, self._num_summary_cells = set_size, num_summary_cells
         self._seed, self._plan_seed = seed, seed if plan_seed is None else plan_seed
         self._rank, self._num_ranks = data_parallel_rank, data_parallel_size
@@ -206,7 +206,13 @@ class CellSetDataModule:
     @cached_property
     def train_reader(self) -> SetReader:
         """Training batches by set number; see :class:`scale.data.loader.SetReader`."""
+        self.control_pool.load()
         return self._reader(self.train_plan)
+
+    @cached_property
+    def control_pool(self) -> ControlPool:
+        """The control cells that training draws from."""
+        return ControlPool(self.store, self.train_plan.pools.member, self.config.control_pool_bytes)
 
     def _reader(self, plan: SetPlan) -> SetReader:
         return SetReader(self.store, plan, self._table, self._normalisation, device=self._device)
@@ -233,35 +239,17 @@ class CellSetDataModule:
         PlanError
             If the sizes do not divide.
         """
-        share, rest = divmod(sets_per_batch, self._num_ranks)
-        if rest or not share:
-            raise PlanError(
-                f"trainer.sets_per_batch ({sets_per_batch}) must be a multiple of the "
-                f"{self._num_ranks} data-parallel ranks; use "
-                f"{max(share, 1) * self._num_ranks}"
-            )
-        size = sets_per_micro_batch or share
-        if share % size:
-            raise PlanError(
-                f"trainer.sets_per_micro_batch ({size}) must divide the {share} sets that each of "
-                f"{self._num_ranks} ranks has of trainer.sets_per_batch ({sets_per_batch})"
-            )
-        return self._steps(self.train_reader, consumed_sets, share // size, size)
+        share = RankShare.of(
+            sets_per_batch, sets_per_micro_batch, rank=self._rank, num_ranks=self._num_ranks
+        )
+        return self._steps(self.train_reader, share, consumed_sets)
 
     def _steps(
-        self, reader: SetReader, consumed_sets: int, num_micro_batches: int, size: int
+        self, reader: SetReader, share: RankShare, consumed_sets: int
     ) -> Iterator[list[Batch]]:
-        rank, num_ranks = self._rank, self._num_ranks
-
-        def jobs() -> Iterator[Integers]:
-            start = consumed_sets + rank * size
+        with closing(self._ahead(reader, share.micro_batches(consumed_sets))) as batches:
             while True:
-                yield np.arange(start, start + size)
-                start += num_ranks * size
-
-        with closing(self._ahead(reader, jobs())) as batches:
-            while True:
-                yield [next(batches) for _ in range(num_micro_batches)]
+                yield [next(batches) for _ in range(share.num_micro_batches)]
 
     def _ahead(self, reader: SetReader, jobs: Iterator[Integers]) -> Generator[Batch, None, None]:
         return reader.batches(
@@ -380,6 +368,7 @@ class CellSetDataModule:
             f"controls: {cells[usable].sum():,} of {cells[self._is_control].sum():,} cells in "
             f"training, those of held-out contexts {self.config.heldout_controls.value}"
         )
+        lines.append(self.control_pool.describe())
         plan = self.train_plan
         lines.append(
             f"plan: {plan.num_sets_per_epoch:,} sets per epoch of up to {self._set_size} cells"
@@ -399,9 +388,10 @@ class CellSetDataModule:
 
     def close(self) -> None:
         """End the reader threads and close the store."""
-        readers = [reader for _, reader in self._part_readers.values()]
-        if "train_reader" in self.__dict__:
-            readers.append(self.train_reader)
-        for reader in readers:
+        for _, reader in self._part_readers.values():
             reader.close()
+        if "train_reader" in self.__dict__:
+            self.train_reader.close()
+        if "control_pool" in self.__dict__:
+            self.control_pool.close()
         self.store.close()

@@ -75,9 +75,16 @@ class Shards:
                 descriptor = self._descriptors.setdefault(shard, opened)
         return descriptor
 
-    def read(self, shard: int, offset: int, length: int) -> bytes:
+    def read(self, shard: int, start: int, stop: int) -> bytes:
         """Return bytes of a shard; fewer where the file ends."""
-        return os.pread(self._opened(shard).number, length, offset)
+        descriptor = self._opened(shard)  # held, so that it stays open
+        return os.pread(descriptor.number, stop - start, start)
+
+    def will_need(self, shard: int, start: int, stop: int) -> None:
+        """Ask the system to read bytes of a shard ahead, where it can be asked."""
+        if hasattr(os, "posix_fadvise"):
+            descriptor = self._opened(shard)
+            os.posix_fadvise(descriptor.number, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def mapped(self, shard: int) -> npt.NDArray[np.uint8]:
         """Return a shard as a read-only map."""
@@ -87,9 +94,11 @@ class Shards:
             with self._lock:
                 found = self._maps.get(shard)
                 if found is None:
-                    mapping = mmap.mmap(descriptor.number, 0, access=mmap.ACCESS_READ)
+                    try:
+                        mapping = mmap.mmap(descriptor.number, 0, access=mmap.ACCESS_READ)
+                    except ValueError as error:
+                        raise OSError("the file is empty") from error
                     found = self._maps[shard] = np.frombuffer(mapping, np.uint8)
-                    self._descriptors.pop(shard, None)  # the map holds the file
         return found
 
     def close(self) -> None:

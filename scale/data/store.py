@@ -42,6 +42,8 @@ from scale.runtime import derive, mix64_array
 from scale.types import Condition, Perturbation, StoreError
 
 if TYPE_CHECKING:
+    import threading
+
     from anndata import AnnData
 
     from scale.data.buffers import BufferPool
@@ -253,6 +255,23 @@ class CellSetStore:
             See :meth:`read_blob`.
         """
         return self._reader.find_cells(chunk_N, row_N, buffers)
+
+    def load_controls(self, chunk_C: npt.NDArray[np.int64], is_stopped: threading.Event) -> None:
+        """Bring control chunks into memory, where they stay while there is room, and check them.
+
+        Parameters
+        ----------
+        chunk_C
+            Numbers of control chunks.
+        is_stopped
+            Ends the call early when it is set by another thread.
+
+        Raises
+        ------
+        StoreError
+            See :meth:`read_blob`.
+        """
+        self._reader.load(chunk_C, is_stopped)
 
     def to_anndata(
         self, conditions: Sequence[int] | None = None, *, max_cells: int | None = None
