@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from scale.data.codec import CellChunk
 from scale.data.csr import NO_BATCH, CsrCounts
 from scale.data.store import CellSetStore, control_fold
 from scale.data.store_files import ADDED_COLUMNS
@@ -43,7 +44,7 @@ class CellTable:
         self._size_C = table["num_cells"].to_numpy(np.int64)
         self._fold: tuple[int, npt.NDArray[np.int8]] = (-1, np.empty(0, np.int8))
 
-    def batch_codes(self, condition: int, cells: CsrCounts) -> npt.NDArray[np.uint16]:
+    def batch_codes(self, condition: int, cells: CsrCounts | CellChunk) -> npt.NDArray[np.uint16]:
         """Return the code of the batch of each cell, whether the condition or the cells have it."""
         if cells.batch_code_N is not None:
             return cells.batch_code_N

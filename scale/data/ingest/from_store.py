@@ -108,9 +108,16 @@ class StoreFile:
         """Library and batch code of all cells: the only labels that lie in the chunks."""
         library_N = np.empty(self.num_cells, np.uint32)
         code_N = np.empty(self.num_cells, np.uint16)
-        for start, stop in self._rows.ranges():
-            cells, code_N[start:stop] = self._rows.read(start, stop)
-            library_N[start:stop] = cells.library_N
+        table = self._store.conditions
+        chunks = zip(table["first_chunk"].tolist(), table["num_chunks"].tolist(), strict=True)
+        start = 0
+        for condition, (first, number) in enumerate(chunks):
+            for chunk in range(first, first + number):
+                part = self._store.read_chunk(chunk)
+                stop = start + part.num_cells
+                library_N[start:stop] = part.library_N
+                code_N[start:stop] = self._rows.cells.batch_codes(condition, part)
+                start = stop
         return library_N, code_N
 
     # --- matrix ---------------------------------------------------------------------------------
