@@ -64,9 +64,10 @@ class PackedCells:
         return len(self.ordinal_N)
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in self._arrays())
+    def num_bytes_in_chunks(self) -> int:
+        """Most bytes in chunks that are not compressed, without the heads of these."""
+        exceptions = len(self.gap_high_E) + len(self.count_high_F)
+        return 8 * self.num_cells + 6 * exceptions + 2 * len(self.gap_M)
 
     def _arrays(self) -> list[npt.NDArray[Any]]:
         arrays = [getattr(self, name) for name in _DTYPES]

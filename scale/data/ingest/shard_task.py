@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,18 @@ def chunks_name(task: int) -> str:
 
 def write_shards(settings: ShardSettings, job: ShardJob, report: Report) -> WrittenShards:
     """Write the shards of some buckets, their part of the index and of the table of cells."""
-    writer = _ShardTask(settings, job)
+    task = _ShardTask(settings, job)
+    try:
+        _write_buckets(task, settings, job, report)
+        return task.close()
+    except BaseException:
+        task.abort()
+        raise
+
+
+def _write_buckets(
+    task: _ShardTask, settings: ShardSettings, job: ShardJob, report: Report
+) -> None:
     carried: PackedCells | None = None
     for bucket in job.buckets:
         segments = job.segments[job.segments["bucket"] == bucket]
@@ -129,9 +141,8 @@ def write_shards(settings: ShardSettings, job: ShardJob, report: Report) -> Writ
             carried = next(cells.slices([stop, cells.num_cells]))
             cells = next(cells.slices([0, stop]))
         if stop:
-            writer.add(cells)
+            task.add(cells)
         report(int(segments["num_cells"].sum()))
-    return writer.close()
 
 
 def _kept(settings: ShardSettings, cells: PackedCells) -> PackedCells:
@@ -211,6 +222,13 @@ class _ShardTask:
         repeated = 0 if self._names is None else self._names.num_repeated
         return WrittenShards(files, self._shards, entries, repeated)
 
+    def abort(self) -> None:
+        """Close all files without a care for their content."""
+        if self._shard is not None:
+            self._shard.abort()
+        if self._names is not None:
+            self._names.abort()
+
 
 class _CellTable:
     """``cells/part-00000.parquet``: which cell of the source each stored one is."""
@@ -281,6 +299,12 @@ class _CellTable:
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
         return {"path": self._name, "size": path.stat().st_size, "sha256": file_sha256(path)}
+
+    def abort(self) -> None:
+        """Close the file without a care for its content."""
+        if self._writer is not None:
+            with suppress(OSError):  # a full disk fails again when the end is written
+                self._writer.close()
 
 
 def _bytes_of(text_N: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint8]:

@@ -30,8 +30,11 @@ SEGMENT_DTYPE = np.dtype(
         ("length", "<i8"),
         ("num_cells", "<i4"),
         ("crc32", "<u4"),
+        ("num_bytes", "<i8"),
     ]
 )
+"""Where the cells of a bucket lie, and what they take in chunks that are not compressed, without
+the heads of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,8 @@ def write_spill(
             bounds = np.append(first, cells.num_cells)
             for bucket, part in zip(own.tolist(), cells.slices(bounds), strict=True):
                 blob = part.to_bytes()
-                place = (bucket, piece, handle.tell(), len(blob), part.num_cells, zlib.crc32(blob))
-                segments.append(place)
+                facts = (len(blob), part.num_cells, zlib.crc32(blob), part.num_bytes_in_chunks)
+                segments.append((bucket, piece, handle.tell(), *facts))
                 handle.write(blob)
         handle.flush()
         os.fsync(handle.fileno())

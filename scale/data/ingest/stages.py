@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scale.config import GeneFlavor, KeepCells, PrepareConfig
-from scale.data.codec import CHUNK_CELLS
+from scale.data.codec import CHUNK_CELLS, HEAD_BYTES
 from scale.data.csr import row_pointer
 from scale.data.genes import StreamingMoments
 from scale.data.ingest.assembly import (
@@ -84,7 +84,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How the work is cut. None of it can be seen in the store.
+    """How the work is cut. Cells, chunks and fingerprint of a store do not depend on it.
 
     Parameters
     ----------
@@ -93,7 +93,8 @@ class Sizes:
     moment_cells
         Cells of a piece where genes are chosen.
     piece_bytes, bucket_bytes
-        About what a piece of the input and a bucket of the output take, packed.
+        About what a piece of the input and a bucket of the output take, packed. Buckets are not
+        divided between shards, so that other sizes may give other shards.
     """
 
     block_cells: int = 4096
@@ -193,6 +194,8 @@ class Stages:
             done += num_cells
             self._progress(what, min(done, total), total)
 
+        if waiting:
+            report(0)  # starts the clock
         arguments = [jobs[number].argument for number in waiting]
         for at, result in self._workers.run(task, settings, arguments, report):
             self._journal.record(jobs[waiting[at]].name, result)
@@ -318,11 +321,12 @@ class Stages:
     ) -> list[Job[ShardJob]]:
         buckets, segments = spilled.buckets, spilled.segments
         bucket = segments["bucket"]
-        bytes_K = np.bincount(bucket, segments["length"], buckets.num_buckets).astype(np.int64)
+        bytes_K = np.bincount(bucket, segments["num_bytes"], buckets.num_buckets).astype(np.int64)
         has_kept_K = np.zeros(buckets.num_buckets, dtype=bool)
         for c in np.flatnonzero(is_kept_C).tolist():
             first = buckets.first_C[c]
             has_kept_K[first : first + buckets.num_C[c]] = True
+            bytes_K[first] += HEAD_BYTES * -(-spilled.num_cells_C[c] // CHUNK_CELLS)
         bytes_K[~has_kept_K] = 0
         groups = plan_shards(
             buckets, inputs.conditions.conditions, bytes_K, self._config.shard_bytes

@@ -15,6 +15,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -160,9 +161,14 @@ def _receive(worker: _Worker) -> tuple[str, Any]:
 
 
 def _work(connection: Connection) -> None:
-    """Do jobs until the parent closes the connection."""
+    """Do jobs until the parent closes the connection, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, ConnectionError):
+        _answer(connection)
+
+
+def _answer(connection: Connection) -> None:
     task: Any = None
     shared: Any = None
 
@@ -170,10 +176,7 @@ def _work(connection: Connection) -> None:
         connection.send(("cells", cells))
 
     while True:
-        try:
-            content, job = connection.recv()
-        except EOFError:
-            return
+        content, job = connection.recv()
         try:
             if content is not None:
                 task, shared = pickle.loads(content)
