@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from scale.config import GeneChoice, GeneFlavor, GenesConfig
 from scale.data.genes import GeneVocabulary, StreamingMoments
 from scale.data.ingest.choice import choose_genes, choose_list
-from scale.data.ingest.scan import ConditionTable
+from scale.data.ingest.conditions import ConditionTable
 from scale.types import Condition, Perturbation, SourceError, SplitError
 
 

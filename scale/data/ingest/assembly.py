@@ -17,10 +17,10 @@ import numpy.typing as npt
 from scale.config import PrepareConfig
 from scale.data.codec import CHUNK_CELLS
 from scale.data.ingest.choice import ChosenGenes
+from scale.data.ingest.conditions import ConditionTable
 from scale.data.ingest.identity import content_settings
 from scale.data.ingest.inputs import Inputs
 from scale.data.ingest.report import ConditionFacts, PrepareReport
-from scale.data.ingest.scan import ConditionTable
 from scale.data.ingest.shard_task import WrittenShards, chunks_name
 from scale.data.ingest.spill import Spilled
 from scale.data.shard_writer import check_number

@@ -21,7 +21,7 @@ import pandas as pd
 
 from scale.config import GeneChoice, GenesConfig, HeldoutControls, Unknown
 from scale.data.genes import GeneVocabulary, StreamingMoments, most_variable
-from scale.data.ingest.scan import ConditionTable
+from scale.data.ingest.conditions import ConditionTable
 from scale.data.split import Split
 from scale.data.split_file import TRAIN
 from scale.types import SourceError, SplitError

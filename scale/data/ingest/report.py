@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from scale.data.ingest.scan import ConditionTable
+from scale.data.ingest.conditions import ConditionTable
 
 SMALL_POOL = 256
 """Control pools with fewer cells are pointed out: a set of the larger presets needs as many."""

@@ -30,6 +30,7 @@ from scale.data.ingest.assembly import (
     source_columns,
 )
 from scale.data.ingest.choice import ChosenGenes, choose_genes
+from scale.data.ingest.conditions import ConditionTable, report_without_control
 from scale.data.ingest.counts import REQUIRED_SHARE
 from scale.data.ingest.grouping import Buckets, plan_shards
 from scale.data.ingest.inputs import (
@@ -51,7 +52,6 @@ from scale.data.ingest.piece_tasks import (
 )
 from scale.data.ingest.reader import NOT_RECOVERED, Piece
 from scale.data.ingest.report import PrepareReport
-from scale.data.ingest.scan import ConditionTable, report_without_control
 from scale.data.ingest.shard_task import (
     ShardJob,
     ShardSettings,
