@@ -6,8 +6,8 @@ lies in ``<cache>/<sha256 of the manifest>/`` under the names of the store and i
 manifest before it gets its name there: the cache never holds half a file, and a store that changes
 at its address gets another directory.
 
-All processes of a machine share the cache. A file being fetched is locked by who fetches it, so the
-others wait; a shard in use carries a shared lock, so that making room for others leaves it alone.
+All processes of a machine share the cache. Who fetches a file holds its lock, so the others wait; a
+shard in use carries a shared lock, so that making room for others leaves it alone.
 """
 
 from __future__ import annotations
@@ -153,41 +153,47 @@ class RemoteFiles:
         os.close(descriptor)
         if found.st_nlink:
             logger.warning("%s has %d bytes and is fetched again", path, found.st_size)
-            _remove_unused(path)
+            path.unlink(missing_ok=True)
         return None
 
     def _fetch(self, file: dict[str, Any]) -> None:
         """Put a file into the cache, unless another process does."""
         path = self.path / file["path"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with _locked(partial) as descriptor:
+        with _locked(path.with_name(path.name + ".lock")):
             if path.exists():
-                partial.unlink()
                 return
-            if file["path"].startswith(LARGE_FILES):
-                self._make_room(file["size"] - os.fstat(descriptor).st_size)
-            started = time.monotonic()
+            partial = path.with_name(path.name + ".partial")
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # nobody else waits; it is not unused
+                self._download(descriptor, file, partial)
+                os.fsync(descriptor)
+                partial.rename(path)
+            finally:
+                os.close(descriptor)
+
+    def _download(self, descriptor: int, file: dict[str, Any], partial: Path) -> None:
+        """Complete a file, and check it."""
+        name, started = file["path"], time.monotonic()
+        if name.startswith(LARGE_FILES):
+            self._make_room(file["size"] - os.fstat(descriptor).st_size)
+        found = self._fill(descriptor, file)
+        if found != file["sha256"]:
+            logger.warning("%s/%s came damaged and is fetched again", self.address, name)
+            os.ftruncate(descriptor, 0)
             found = self._fill(descriptor, file)
-            if found != file["sha256"]:
-                logger.warning(
-                    "%s/%s came damaged and is fetched again", self.address, file["path"]
-                )
-                os.ftruncate(descriptor, 0)
-                found = self._fill(descriptor, file)
-            if found != file["sha256"]:
-                partial.unlink()
-                raise StoreError(
-                    f"{self.address}/{file['path']} is damaged: sha256 {found[:12]}, the manifest "
-                    f"says {file['sha256'][:12]}; fetched twice. Put it there again from a copy; "
-                    "if the store was replaced meanwhile, open it anew"
-                )
-            os.fsync(descriptor)
-            partial.rename(path)
-        if file["path"].startswith(LARGE_FILES):
+        if found != file["sha256"]:
+            partial.unlink()
+            raise StoreError(
+                f"{self.address}/{name} is damaged: sha256 {found[:12]}, the manifest says "
+                f"{file['sha256'][:12]}; fetched twice. Put it there again from a copy; if the "
+                "store was replaced meanwhile, open it anew"
+            )
+        if name.startswith(LARGE_FILES):
+            seconds = time.monotonic() - started
             logger.info(
-                "fetched %s/%s: %.1f MB in %.1f s",
-                *(self.address, file["path"], file["size"] / 1e6, time.monotonic() - started),
+                "fetched %s/%s: %.1f MB in %.1f s", self.address, name, file["size"] / 1e6, seconds
             )
 
     def _fill(self, descriptor: int, file: dict[str, Any]) -> str:
@@ -319,18 +325,23 @@ def _without_password(address: str) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Yield a descriptor of a file that nobody else has locked; the file is made if need be."""
-    while True:
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that no other process or thread has meanwhile; it is a file of its own.
+
+    A lock on what is fetched would not do: who waits for it would wait for a shard that is in use.
+    """
+    is_held = False
+    while not is_held:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(path, descriptor):
-                yield descriptor
-                return
-            # While we waited, the one before us gave the file its final name, or removed it.
+            is_held = _is_at(path, descriptor)  # not if the one before us removed it
+            if is_held:
+                yield
         finally:
+            if is_held:
+                path.unlink(missing_ok=True)
             os.close(descriptor)
 
 
