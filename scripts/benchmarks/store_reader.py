@@ -53,7 +53,7 @@ class Reader:
         cells = 0
         for job in self.jobs(num_sets):
             host = self.module.train_reader.read(job)
-            cells += host.treated.num_cells + host.control.num_cells
+            cells += int(host.count_B3.sum())
         return cells
 
     def chunks(self, num_sets: int) -> int:
