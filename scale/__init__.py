@@ -80,7 +80,7 @@ def open_store(path: str | Path, *, verify: Literal["index", "full"] = "index") 
     Parameters
     ----------
     path
-        Directory of the store.
+        Directory of the store, or the address of a remote one as text (``https://...``).
     verify
         ``index`` checks the tables, ``full`` every byte.
 

@@ -29,7 +29,7 @@ class TaskHelp:
 
 
 _TRAINING = (
-    Setting("data.store", "data/toy", "directory of the store"),
+    Setting("data.store", "data/toy", "directory or address (https://...) of the store"),
     Setting("data.split", "null", "TOML file that says what is held out; null = nothing"),
     Setting("trainer", "cpu", "cpu or gpu: steps, sets per step, precision, device"),
     Setting("trainer.max_steps", "500", "optimizer steps; a higher number continues a run"),

@@ -169,7 +169,7 @@ class DataConfig:
     """Which cells, and how they are put into sets."""
 
     store: str = MISSING
-    """Directory of a store."""
+    """Directory of a store, or the address of a remote one (https://..., s3://...)."""
     split: str | None = None
     """TOML file that says what is held out; null = everything is training data."""
     unknown: Unknown = Unknown.error
@@ -191,9 +191,9 @@ class DataConfig:
     control_pool_bytes: int = 8 * 1024 * 1024 * 1024
     """Control cells up to this size are held in memory from the start, else read when drawn."""
     cache_dir: str | None = None
-    """Folder for the shards of a remote store (``store=https://...``)."""
+    """Folder for the shards of remote stores; null = scale/stores in the user's cache folder."""
     cache_bytes: int | None = None
-    """Most bytes of cached shards; null = as much as the disk holds."""
+    """Most bytes of cached shards; null = as much as the disk holds. Shards in use stay."""
     allow_plan_change: bool = False
     """Resume although a setting of the plan changed; starts at the next epoch boundary."""
 

@@ -134,7 +134,7 @@ class PredictConfig:
     input: str | None = None
     """h5ad with control cells (counts, or log1p values on the model's scale)."""
     store: str | None = None
-    """Store to predict the held-out conditions of, in place of ``input``."""
+    """Store to predict the held-out conditions of, in place of ``input``; may be remote."""
     split: str | None = None
     """TOML file; with ``store``, null = the run's own."""
     part: str = "test"
@@ -185,7 +185,7 @@ class EvaluateConfig:
     predicted: Any = MISSING
     """h5ad with predictions as PATH or METHOD=PATH, or a list of them."""
     observed: str = MISSING
-    """h5ad with the observed cells and their controls, or a store."""
+    """h5ad with the observed cells and their controls, or a store (which may be remote)."""
     train: str | None = None
     """h5ad with training cells, or a store, for the baselines; null = ``observed`` if a store."""
     split: str | None = None
@@ -238,7 +238,7 @@ class InfoConfig:
     num_genes: int = 2000
     """Genes that the preset is counted with."""
     store: str | None = None
-    """Directory of a store to describe."""
+    """Directory or address of a store to describe."""
     run: str | None = None
     """Run directory to describe."""
 

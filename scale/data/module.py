@@ -176,7 +176,7 @@ class CellSetDataModule:
             )
             raise PlanError(
                 f"no training conditions: of {int((~self._is_control).sum())} treated conditions "
-                f"in {self.store.path}, {self.split.name} makes {counts}, and leaves the "
+                f"in {self.store.address}, {self.split.name} makes {counts}, and leaves the "
                 "rest unused; list some as train, or set data.split=null"
             )
         return treated + (self._controls("train") if self.config.control_fraction > 0 else [])
@@ -273,7 +273,7 @@ class CellSetDataModule:
             Sets per batch; the last batch may have fewer.
         """
         if not self.has_part(part):
-            raise PlanError(f"{self.split.name} has no {part} conditions in {self.store.path}")
+            raise PlanError(f"{self.split.name} has no {part} conditions in {self.store.address}")
         key = (part, max_sets_per_condition)
         if key not in self._part_readers:
             plan = SetPlan(
@@ -355,7 +355,9 @@ class CellSetDataModule:
     def describe(self) -> list[str]:
         """Return what is printed before the first step: parts, sets, controls."""
         cells = self.store.conditions["num_cells"].to_numpy(np.int64)
-        lines = [f"store {self.store.path}: {cells.sum():,} cells, {self.store.num_genes:,} genes"]
+        lines = [
+            f"store {self.store.address}: {cells.sum():,} cells, {self.store.num_genes:,} genes"
+        ]
         for part in ("train", "val", "test", "unused"):
             is_here = (self._parts == part) & ~self._is_control
             if is_here.any() or part == "val":

@@ -312,7 +312,7 @@ def write_few_shot(
         If a context is not in the store, or a part would be empty.
     """
     treated = store.conditions[~store.conditions["is_control"].to_numpy(dtype=bool)]
-    dataset = Path(store.path).name.replace(".", "_") or "store"
+    dataset = Path(store.address).name.replace(".", "_") or "store"
     lines = ["[datasets]", f'{json.dumps(dataset)} = "."', ""]
     lines += ["[training]", f'{json.dumps(dataset)} = "train"', "", "[zeroshot]"]
     for context in contexts:
@@ -320,7 +320,7 @@ def write_few_shot(
         if not numbers:
             known = sorted(treated["cell_type"].unique())
             raise SplitError(
-                f"no cell type {context!r} in {store.path}; {did_you_mean(context, known)}"
+                f"no cell type {context!r} in {store.address}; {did_you_mean(context, known)}"
             )
         agents: dict[tuple[str, ...], set[str]] = {}
         for number in numbers:

@@ -200,7 +200,7 @@ def check_names(store: CellSetStore, vocabulary: Vocabulary, conditions: Sequenc
     ]
     if unknown:
         raise PlanError(
-            f"training conditions of {store.path} have names that the model's vocabulary lacks: "
+            f"training conditions of {store.address} have names that the model's vocabulary lacks: "
             f"{'; '.join(unknown)}; append them with scale.data.vocabulary.extend_vocabulary, as "
             "scale finetune does, or leave the conditions out by the split"
         )
@@ -220,7 +220,7 @@ def make_projection(store: CellSetStore, genes: tuple[str, ...]) -> Projection |
     num_common = len(genes) - len(alignment.missing)
     if not num_common:
         raise StoreError(
-            f"{store.path} has none of the model's {len(genes)} genes (the model's: {genes[0]}, "
+            f"{store.address} has none of the model's {len(genes)} genes (the model's: {genes[0]}, "
             f"...; the store's: {store.genes.symbols[0]}, ...); use a store with the same kind of "
             "names"
         )
@@ -229,7 +229,7 @@ def make_projection(store: CellSetStore, genes: tuple[str, ...]) -> Projection |
             "%d of the model's %d genes are not in %s and are 0 in every cell, as %s",
             len(alignment.missing),
             len(genes),
-            store.path,
+            store.address,
             ", ".join(alignment.missing[:5]),
         )
     return Projection(torch.from_numpy(alignment.projection(store.num_genes)), len(genes))

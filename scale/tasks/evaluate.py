@@ -17,6 +17,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from scale.config import EvaluateConfig, to_yaml
+from scale.data.remote import is_remote
 from scale.data.split import Split
 from scale.data.store import CellSetStore
 from scale.evaluate.protocol import run_protocol
@@ -119,7 +120,7 @@ def _target_sum(predicted: dict[str, AnnData]) -> float:
 
 
 def _is_store(path: str | None) -> bool:
-    return path is not None and (Path(path) / "manifest.json").is_file()
+    return path is not None and (is_remote(path) or (Path(path) / "manifest.json").is_file())
 
 
 def _inputs(config: EvaluateConfig, predicted: dict[str, AnnData], target_sum: float) -> Inputs:

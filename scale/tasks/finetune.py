@@ -87,9 +87,10 @@ def _check_head(config: FinetuneConfig, start: ModelRecord) -> None:
 
 def _extended(config: FinetuneConfig, old: Vocabulary) -> Vocabulary:
     """Return the vocabulary of the checkpoint with the new names of the store."""
-    store = CellSetStore.open(config.data.store)
+    data = config.data
+    store = CellSetStore.open(data.store, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes)
     try:
-        new = extend_vocabulary(old, store, training_conditions(store, config.data))
+        new = extend_vocabulary(old, store, training_conditions(store, data))
         if config.replace_genes:
             new = replace(new, genes=store.genes.symbols)
     finally:

@@ -30,7 +30,7 @@ def held_out(store: CellSetStore, split: Split, part: str) -> HeldOut:
     is_control_C = table["is_control"].to_numpy(dtype=bool)
     treated_C = (part_C == part) & ~is_control_C
     if not treated_C.any():
-        raise ValueError(f"the split has no {part} conditions in {store.path}")
+        raise ValueError(f"the split has no {part} conditions in {store.address}")
     cell_types = set(table.loc[treated_C, "cell_type"])
     controls_C = is_control_C & table["cell_type"].isin(cell_types).to_numpy()
     return HeldOut(

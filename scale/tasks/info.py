@@ -25,8 +25,8 @@ def run(config: InfoConfig) -> int:
     if config.run is not None:
         sections[f"run {config.run}"] = list(_run(Path(config.run)))
     if config.store is not None:
-        vocabulary = _store_vocabulary(Path(config.store))
-        sections[f"store {config.store}"] = list(_store(Path(config.store)))
+        vocabulary = _store_vocabulary(config.store)
+        sections[f"store {config.store}"] = list(_store(config.store))
     if config.model is not None:
         sections["model"] = list(_model(config.model, vocabulary))
     sections = {"environment": list(_environment()), **sections}
@@ -131,7 +131,7 @@ def _empty_vocabulary(num_genes: int) -> Vocabulary:
     )
 
 
-def _store_vocabulary(path: Path) -> Vocabulary:
+def _store_vocabulary(path: str) -> Vocabulary:
     from scale.data.store import CellSetStore
     from scale.data.vocabulary import make_vocabulary
 
@@ -141,7 +141,7 @@ def _store_vocabulary(path: Path) -> Vocabulary:
         )
 
 
-def _store(path: Path) -> Iterator[tuple[str, str]]:
+def _store(path: str) -> Iterator[tuple[str, str]]:
     from scale.data.store import CellSetStore
 
     with CellSetStore.open(path) as store:

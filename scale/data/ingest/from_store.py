@@ -32,7 +32,7 @@ class StoreFile:
     """An open store; made by :meth:`StoreSource.open`."""
 
     def __init__(self, store: CellSetStore) -> None:
-        self.name = str(store.path)
+        self.name = store.address
         self._store = store
         self._rows = StoreRows(store)
         self.num_cells = self._rows.num_cells
