@@ -304,6 +304,28 @@ def test_rows_of_very_different_sizes_fit(tmp_path):
     assert (found.toarray() == brute_counts(rows)[35:]).all()
 
 
+def test_memory_does_not_grow_with_the_file_or_the_number_of_files(tmp_path):
+    def most_bytes(num_cells):
+        counts = sp.random(num_cells, 3_000, 0.1, "csr", rng=np.random.default_rng(0))
+        counts.data = np.ceil(counts.data * 50)
+        obs = pd.DataFrame({"drug": "x", "dose": 0.5, "plate": "p", "cell_line": ["c"] * num_cells})
+        genes = [f"gene{g}" for g in range(3_000)]
+        folder = tmp_path / str(num_cells)
+        write_tahoe_parquet(folder, counts, obs, genes, {}, rows_per_group=num_cells)
+        (file,) = (folder / "data").glob("*.parquet")
+        at_start, most = pa.total_allocated_bytes(), 0
+        for _ in range(2):
+            with TahoeSource(file, folder / "metadata").open() as opened:
+                for start in range(0, num_cells, 500):
+                    opened.rows("expressions", start, start + 500)
+                    most = max(most, pa.total_allocated_bytes() - at_start)
+        del opened
+        assert pa.total_allocated_bytes() == at_start
+        return most
+
+    assert most_bytes(10_000) < 1.2 * most_bytes(2_000)
+
+
 @pytest.mark.parametrize(
     ("genes", "values"),
     [

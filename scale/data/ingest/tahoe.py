@@ -32,7 +32,7 @@ _SAMPLE, _BARCODE, _CELL_LINE = "sample", "BARCODE_SUB_LIB_ID", "cell_line_id"
 _MUST_AGREE = ("drug", "plate")
 """Columns that rows and sample table share: where they differ, the tables are those of others."""
 _BUFFER_BYTES = 1 << 20
-"""Of a column's compressed bytes, read ahead; without it a row group is held whole."""
+"""Of a column's compressed bytes, read at once; pyarrow would hold those of a whole row group."""
 
 
 class TahoeFile:
@@ -239,6 +239,7 @@ class TahoeSource:
                 self._file,
                 read_dictionary=[f.name for f in schema if _is_text(f.type)],
                 buffer_size=_BUFFER_BYTES,
+                pre_buffer=False,
                 page_checksum_verification=True,
             )
         except (pa.ArrowException, OSError) as error:

@@ -104,22 +104,13 @@ class TokenRows:
         group = self._group_of(start)
         if not self._start_P[group] <= self._at <= start:
             self._at, self._rest = int(self._start_P[group]), None
-            self._batches = self._decode_from(group)
+            self._batches = _decode(self._parquet, range(group, len(self._start_P) - 1))
         for end in (start, stop):
             while self._at < end:
                 piece = self._next(end - self._at)
                 self._at += piece.num_rows
                 if end == stop:
                     yield piece
-
-    def _decode_from(self, first_group: int) -> Iterator[pa.RecordBatch]:
-        for group in range(first_group, len(self._start_P) - 1):
-            yield from self._parquet.iter_batches(
-                _BATCH_ROWS,
-                row_groups=[group],  # not all at once: a batch would reach into the next group
-                columns=[TOKENS, VALUES],
-                use_threads=False,  # prepare has a process per core
-            )
 
     def _next(self, num_rows: int) -> pa.RecordBatch:
         """Return the next rows, ``num_rows`` at most."""
@@ -141,7 +132,7 @@ class TokenRows:
 
     def _lists(self, batch: pa.RecordBatch, name: str, first_row: int) -> _Lists:
         column = batch.column(name)
-        offset_P = column.offsets.to_numpy()
+        offset_P = column.offsets.to_numpy().astype(np.int64)
         items = column.values.slice(offset_P[0], offset_P[-1] - offset_P[0])
         offset_P = offset_P - offset_P[0]
         if column.null_count or items.null_count:
@@ -199,6 +190,17 @@ class TokenRows:
         raise SourceError(
             f"{place}: gene {symbols[column_T[token]]!r} (token {token}) stands more than once; "
             "expected each gene once"
+        )
+
+
+def _decode(parquet: pq.ParquetFile, groups: range) -> Iterator[pa.RecordBatch]:
+    """Yield the lists of row groups; one by one, so that no batch reaches into the next group."""
+    for group in groups:
+        yield from parquet.iter_batches(
+            _BATCH_ROWS,
+            row_groups=[group],
+            columns=[TOKENS, VALUES],
+            use_threads=False,  # prepare has a process per core
         )
 
 
