@@ -21,11 +21,11 @@ from scale.data.buffers import BufferPool
 from scale.data.codec import CellChunk, parse_chunk
 from scale.data.expand import check_chunks, expand_chunk
 from scale.data.gather import FoundCells, find_cells
-from scale.data.shards import Shards, neighbours
+from scale.data.shards import Neighbours, Shards
 from scale.data.tables import StoreTables
 from scale.types import StoreError
 
-_READ_AHEAD = 16 * 1024 * 1024
+_CHUNKS_AHEAD = 256  # 12 MB at 2,000 genes
 Answer = TypeVar("Answer")
 Blob = bytes | memoryview
 Integers = npt.NDArray[np.int64]
@@ -96,7 +96,10 @@ class ChunkReader:
         for chunk in np.unique(chunk_N[is_mapped_N & ~self._is_checked[chunk_N]]).tolist():
             self.parse(chunk)
         mapped = np.unique(shard_N[is_mapped_N])
-        sources = [self.shards.mapped(shard) for shard in mapped.tolist()]
+        sources = [
+            self._ask(self.shards.mapped, int(chunk_N[np.argmax(shard_N == shard)]), shard)
+            for shard in mapped.tolist()
+        ]
         source_N = np.searchsorted(mapped, shard_N)
         if not is_mapped_N.all():
             is_read_N = ~is_mapped_N
@@ -109,16 +112,20 @@ class ChunkReader:
         """Read chunks of mapped shards from end to end, and check those that were not yet."""
         entry_C = self._index[chunk_C]
         order = np.lexsort((entry_C["offset"], entry_C["shard"]))
-        shards, starts = (entry_C[order][name].tolist() for name in ("shard", "offset"))
-        ahead = -1
-        for chunk, shard, start in zip(chunk_C[order].tolist(), shards, starts, strict=True):
-            if is_stopped.is_set():
-                return
-            if (place := start // _READ_AHEAD) != ahead:
-                ahead, begin = place, place * _READ_AHEAD
-                self._ask(self.shards.will_need, chunk, shard, begin, begin + _READ_AHEAD)
-            if not self._is_checked[chunk]:
-                self.parse(chunk)
+        chunks, entry_C = chunk_C[order].tolist(), entry_C[order]
+        groups = Neighbours.groups(entry_C["shard"], entry_C["offset"], entry_C["length"])
+        num_asked = 0
+        for group in groups:
+            for later in groups[num_asked:]:
+                if later.first > group.first + _CHUNKS_AHEAD:
+                    break
+                self._ask(self.shards.will_need, chunks[later.first], *later[2:])
+                num_asked += 1
+            for chunk in chunks[group.first : group.stop]:
+                if is_stopped.is_set():
+                    return
+                if not self._is_checked[chunk]:
+                    self.parse(chunk)
 
     def _expand(
         self, chunk_N: Integers, buffers: BufferPool
@@ -149,22 +156,16 @@ class ChunkReader:
 
     def _blobs(self, chunks: list[int], entry_C: npt.NDArray[np.void]) -> Iterator[memoryview]:
         """Yield the bytes of chunks in the order of the files, checked."""
-        shard, offset, length, crc = (
-            entry_C[name].tolist() for name in ("shard", "offset", "length", "crc32")
-        )
-        stops = neighbours(entry_C["shard"], entry_C["offset"], entry_C["length"])
-        firsts = [0, *stops[:-1]]
-        ranges = [
-            (chunks[first], shard[first], offset[first], offset[last] + length[last])
-            for first, last in zip(firsts, (stop - 1 for stop in stops), strict=True)
-        ]
+        begin, length, crc = (entry_C[name].tolist() for name in ("offset", "length", "crc32"))
+        groups = Neighbours.groups(entry_C["shard"], entry_C["offset"], entry_C["length"])
         # all are asked for before the first is waited for: 42 against 130 us per chunk from a disk
-        for where in ranges:
-            self._ask(self.shards.will_need, *where)
-        for first, stop, where in zip(firsts, stops, ranges, strict=True):
-            begin, read = offset[first], memoryview(self._ask(self.shards.read, *where))
-            for c in range(first, stop):
-                blob = read[offset[c] - begin : offset[c] - begin + length[c]]
+        for group in groups:
+            self._ask(self.shards.will_need, chunks[group.first], *group[2:])
+        for group in groups:
+            read = memoryview(self._ask(self.shards.read, chunks[group.first], *group[2:]))
+            for c in range(group.first, group.stop):
+                start = begin[c] - group.begin
+                blob = read[start : start + length[c]]
                 self._check(chunks[c], blob, length[c], crc[c])
                 yield blob
 

@@ -61,11 +61,15 @@ class ControlPool:
             )
             self._thread.start()
 
+    def join(self) -> None:
+        """Wait until the cells are loaded."""
+        if self._thread is not None:
+            self._thread.join()
+
     def close(self) -> None:
         """End the thread."""
         self._is_stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+        self.join()
 
     def describe(self) -> str:
         """Return size, budget and what follows of them, as one line."""

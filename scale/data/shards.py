@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from scale.data.csr import IntArray
 
 CONTROL_SHARD = "shards/control-"
 TREATED_SHARD = "shards/treated-"
-_LARGEST_GAP = 16 * 1024  # bytes read for nothing cost less than another request
+_PADDING = 7  # chunks start at multiples of 8
 
 
 class _Descriptor:
@@ -108,14 +109,24 @@ class Shards:
             self._maps.clear()
 
 
-def neighbours(shard_C: IntArray, offset_C: IntArray, length_C: IntArray) -> list[int]:
-    """Return where each group of chunks ends that is worth a single read.
+class Neighbours(NamedTuple):
+    """Chunks that lie side by side, to be read at once: those from ``first`` to before ``stop``."""
 
-    Parameters
-    ----------
-    shard_C, offset_C, length_C
-        Where chunks lie, sorted by shard and offset.
-    """
-    end_C = offset_C.astype(np.int64) + length_C
-    is_far = (shard_C[1:] != shard_C[:-1]) | (offset_C[1:] > end_C[:-1] + _LARGEST_GAP)
-    return [*(np.flatnonzero(is_far) + 1).tolist(), len(shard_C)]
+    first: int
+    stop: int
+    shard: int
+    begin: int
+    end: int
+
+    @classmethod
+    def groups(cls, shard_C: IntArray, begin_C: IntArray, length_C: IntArray) -> list[Neighbours]:
+        """Return the groups of chunks that are sorted by shard and place.
+
+        What lies between two chunks is in no group, however little it is: it may be held out.
+        """
+        end_C = begin_C.astype(np.int64) + length_C
+        is_apart = (shard_C[1:] != shard_C[:-1]) | (begin_C[1:] > end_C[:-1] + _PADDING)
+        first_K = np.concatenate([[0], np.flatnonzero(is_apart) + 1])
+        stop_K = np.append(first_K[1:], len(shard_C))
+        columns = (first_K, stop_K, shard_C[first_K], begin_C[first_K], end_C[stop_K - 1])
+        return [cls(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -276,6 +276,43 @@ def test_projection_reorders_drops_and_leaves_missing_genes_empty():
         np.testing.assert_allclose(values.numpy(), expected, rtol=1e-7, atol=TOLERANCE)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_genes=st.sampled_from([1, 40, 700, 30_000]),
+    with_edges=st.booleans(),
+    is_projected=st.booleans(),
+)
+def test_every_count_can_be_taken_back_from_the_values(seed, num_genes, with_edges, is_projected):
+    compact, cells, slot_N = make_batch(seed, num_genes, with_edges=with_edges)
+    rng = np.random.default_rng(seed)
+    num_columns = max(1, num_genes // 2) if is_projected else num_genes
+    column = np.arange(num_genes)
+    if is_projected:  # half of the genes, in another order
+        column = np.full(num_genes, num_columns)
+        column[rng.permutation(num_genes)[:num_columns]] = rng.permutation(num_columns)
+    projection = Projection(torch.from_numpy(column), num_columns) if is_projected else None
+    everything = to_scipy(cells, num_genes).toarray()
+    expected = np.zeros((100, num_columns + 1))
+    expected[slot_N[:, None], column[None]] = everything
+    library = np.ones((100, 1))
+    library[slot_N, 0] = cells.library_N
+    for function in (decode, decode_numba):
+        values = function(
+            compact,
+            num_rows=100,
+            num_genes=num_genes,
+            target_sum=1e4,
+            value_scale=4.0,
+            projection=projection,
+        )
+        found = np.expm1(values.numpy().astype(np.float64) * 4.0) * library / 1e4
+        # float32 holds a value to 6e-8 of itself, that is a count to a millionth of it
+        is_small = expected[:, :num_columns] < 1 << 18
+        assert (np.rint(found) == expected[:, :num_columns])[is_small].all()
+        np.testing.assert_allclose(found, expected[:, :num_columns], rtol=4e-6, atol=1e-2)
+
+
 def test_no_cells_and_cells_without_counts_are_zeros():
     empty = CsrCounts(
         np.zeros(4, np.int64), np.empty(0, np.int32), np.empty(0, np.uint32), np.ones(3, np.uint32)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ import torch
 from cell_set_store import BATCHES, CONTROL, NUM_GENES, counts_of, write_store
 
 from scale.config import Codec, DataConfig, MatchBatch, ShortSets
+from scale.data.control_pool import ControlPool
 from scale.data.genes import GeneVocabulary
 from scale.data.loader import Normalisation, SetReader
 from scale.data.prefetch import Prefetcher
@@ -41,7 +44,7 @@ def store(path):
         yield opened
 
 
-def make_reader(store, *, genes=None, value_scale=1.0, plan_seed=5, **changes):
+def make_reader(store, *, genes=None, value_scale=1.0, plan_seed=5, device=CPU, **changes):
     config = replace(DataConfig(store=str(store.path)), **changes)
     is_control = store.conditions["is_control"].to_numpy()
     treated = np.flatnonzero(~is_control)
@@ -58,8 +61,11 @@ def make_reader(store, *, genes=None, value_scale=1.0, plan_seed=5, **changes):
         store, treated.tolist(), target_sum=config.target_sum, value_scale=value_scale
     )
     genes = store.genes.symbols if genes is None else genes
-    how = Normalisation(config.target_sum, value_scale, make_projection(store, genes))
-    reader = SetReader(store, plan, make_table(store, vocabulary), how, device=CPU)
+    projection = make_projection(store, genes)
+    how = Normalisation(
+        config.target_sum, value_scale, None if projection is None else projection.to(device)
+    )
+    reader = SetReader(store, plan, make_table(store, vocabulary), how, device=device)
     return plan, reader
 
 
@@ -90,7 +96,8 @@ def assert_equal(one, other):
 
 
 def reader_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("scale-reader")]
+    names = ("scale-reader", "scale-control-pool")
+    return [t for t in threading.enumerate() if t.name.startswith(names)]
 
 
 def wait_for_no_threads():
@@ -176,6 +183,58 @@ def test_the_torch_decode_gives_the_same_batch(store):
     for field in fields(compiled):
         left, right = getattr(compiled, field.name), getattr(decoded, field.name)
         assert torch.allclose(left.double(), right.double(), atol=1e-6, equal_nan=True)
+
+
+def test_a_batch_travels_in_one_buffer(store):
+    _, reader = make_reader(store, control_fraction=0.3)
+    for numbers in jobs(num=4):
+        host = reader.read(numbers)
+        expected = reader.to_device(host)
+        # nothing but the bytes of the buffer and four sizes is needed
+        moved = replace(host, buffer=host.buffer.clone())
+        host.buffer.fill_(255)
+        assert_equal(expected, reader.to_device(moved))
+        cells = sum(part.sizes.num_nonzero for part in (moved.treated, moved.control))
+        assert moved.buffer.numel() < 2 * cells + 80 * 3 * (2 * SET_SIZE + NUM_SUMMARY)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wanted", [None, ("G290", "absent", "G000", "G123", "G299")])
+def test_batches_on_a_device_are_those_on_the_host(store, wanted):
+    device = torch.device("cuda", torch.cuda.current_device())
+    _, on_host = make_reader(store, genes=wanted)
+    _, there = make_reader(store, genes=wanted, device=device)
+    host = there.read(np.arange(3))
+    assert host.buffer.is_pinned()
+    assert host.to(device).buffer.device == device
+    for numbers, batch in zip(
+        jobs(num=20), there.batches(jobs(num=20), num_threads=3, depth=4), strict=True
+    ):
+        expected = on_host.batch(numbers)
+        for field in fields(batch):
+            found, wanted_there = getattr(batch, field.name), getattr(expected, field.name)
+            assert found.device == device
+            torch.testing.assert_close(
+                found.cpu(), wanted_there, rtol=1e-6, atol=1e-6, equal_nan=True
+            )
+
+
+def test_a_batch_that_is_kept_never_changes(store):
+    _, reader = make_reader(store)
+    kept, copies, addresses = [], [], set()
+    for number, batch in enumerate(reader.batches(jobs(num=40), num_threads=3, depth=4)):
+        if number % 10 == 0:
+            kept.append(batch)
+            copies.append({f.name: getattr(batch, f.name).clone() for f in fields(batch)})
+        elif number % 10 == 5:  # one field is enough to keep what it shows
+            kept.append(replace(batch, control_BSG=batch.control_BSG.clone()))
+            copies.append({f.name: getattr(batch, f.name).clone() for f in fields(batch)})
+        else:
+            addresses.add(batch.treated_BSG.data_ptr())
+    assert len(addresses) < 20  # the memory of the others was used again
+    for batch, copy in zip(kept, copies, strict=True):
+        for name, value in copy.items():
+            assert torch.equal(getattr(batch, name).nan_to_num(-7.0), value.nan_to_num(-7.0)), name
 
 
 def test_genes_are_taken_by_name(store, caplog):
@@ -341,32 +400,117 @@ def test_a_damaged_shard_surfaces_in_the_consumer_with_its_name(tmp_path, kind):
     assert wait_for_no_threads()
 
 
+def test_a_shard_that_is_cut_while_it_is_read_surfaces_with_its_name(tmp_path):
+    path = write_store(tmp_path / "store")
+    with CellSetStore.open(path) as store:
+        _, reader = make_reader(store)
+        batches = reader.batches(jobs(num=1000), num_threads=2, depth=3)
+        next(batches)
+        for shard in (path / "shards").glob("treated-*"):
+            os.truncate(shard, 16)
+        with pytest.raises(StoreError, match=r"treated-\d+.*chunk \d+ of condition .* of 0 bytes"):
+            list(batches)
+    assert wait_for_no_threads()
+
+
+@pytest.mark.parametrize("kind", ["treated", "control"])
+def test_a_shard_that_is_gone_surfaces_with_its_name(tmp_path, kind):
+    path = write_store(tmp_path / "store")
+    with CellSetStore.open(path) as store:
+        _, reader = make_reader(store)
+        for shard in (path / "shards").glob(f"{kind}-*"):
+            shard.unlink()
+        with pytest.raises(
+            StoreError, match=rf"{kind}-\d+.*chunk \d+ .* cannot be read: .*No such"
+        ):
+            list(reader.batches(jobs(), num_threads=2, depth=3))
+    assert wait_for_no_threads()
+
+
+def test_a_store_that_is_closed_while_it_is_read_is_opened_again(path):
+    with CellSetStore.open(path) as store:
+        _, reader = make_reader(store)
+        expected = [reader.batch(numbers) for numbers in jobs(num=30)]
+        found = []
+        for batch in reader.batches(jobs(num=30), num_threads=3, depth=4):
+            store.close()
+            found.append(batch)
+    for one, other in zip(expected, found, strict=True):
+        assert_equal(one, other)
+
+
+# --- the control pool ---------------------------------------------------------------------------
+
+
+def test_the_control_pool_is_loaded_within_its_budget_and_changes_nothing(store, path):
+    plan, reader = make_reader(store)
+    expected = [reader.batch(numbers) for numbers in jobs()]
+    for budget, words in ((10**9, "within .* loaded at the start"), (100, "above .* first drawn")):
+        with CellSetStore.open(path) as other:
+            _, reader = make_reader(other)
+            pool = ControlPool(other, plan.pools.member, budget)
+            is_control = other.conditions["is_control"].to_numpy()
+            assert pool.num_bytes == sum(
+                other.chunks["length"][is_control[other.chunks["condition"]]].tolist()
+            )
+            assert re.match(f"control pool: .* MB, {words}", pool.describe())
+            pool.load()
+            for one, batch in zip(expected, map(reader.batch, jobs()), strict=True):
+                assert_equal(one, batch)
+            pool.close()
+            assert not reader_threads()
+
+
+def test_a_damaged_control_chunk_is_told_at_the_start_and_raised_where_it_is_drawn(
+    tmp_path, caplog
+):
+    path = write_store(tmp_path / "store")
+    shard = path / "shards/control-00000.scl"
+    raw = bytearray(shard.read_bytes())
+    raw[300] ^= 1
+    shard.write_bytes(raw)
+    with CellSetStore.open(path) as store:
+        plan, reader = make_reader(store)
+        pool = ControlPool(store, plan.pools.member, 10**9)
+        pool.load()
+        pool.join()
+        assert f"{shard}: chunk 0 of condition 0 (A549, DMSO, p1) is damaged" in caplog.text
+        with pytest.raises(StoreError, match="chunk 0 of condition 0"):
+            list(reader.batches(jobs(num=100), num_threads=1, depth=1))
+        pool.close()
+
+
 # --- endings ------------------------------------------------------------------------------------
 
 
 def test_nothing_is_left_after_many_iterators(path):
-    def descriptors():
-        return len(list(Path("/proc/self/fd").iterdir()))
+    def left():
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text()
+        return len(list(Path("/proc/self/fd").iterdir())), maps.count(str(path))
 
     before = None
     for turn in range(50):
         store = CellSetStore.open(path)
-        _, reader = make_reader(store)
+        plan, reader = make_reader(store)
+        pool = ControlPool(store, plan.pools.member, 10**9)
+        pool.load()
         batches = reader.batches(jobs(num=50), num_threads=2, depth=3)
         next(batches)
         if turn % 3 == 0:
             batches.close()
         elif turn % 3 == 1:
             reader.close()
-        del batches, reader
+        if turn % 2:
+            pool.close()
+        del batches, reader, pool
         store.close()
         del store
         if turn == 2:
-            gc.collect()
-            before = descriptors()
-    gc.collect()
+            before = left()
     assert wait_for_no_threads()
-    assert descriptors() <= before
+    assert left() <= before
+    assert left()[1] == 0
 
 
 def test_an_interpreter_with_a_running_loader_exits(path, tmp_path):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 
 import numpy as np
 import pytest
 import torch
 from cell_set_store import BATCHES, CELL_TYPES, CONTROL, NUM_GENES, write_store
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from scale.config import DataConfig, HeldoutControls, MatchBatch, Weighting
+from scale.config import DataConfig, HeldoutControls, MatchBatch, ShortSets, Weighting
 from scale.data.dataset import CellSetDataset
 from scale.data.module import (
     CellSetDataModule,
@@ -18,6 +21,7 @@ from scale.data.module import (
     training_conditions,
 )
 from scale.data.sampler import SetPlan
+from scale.data.shards import Shards
 from scale.data.store import CellSetStore
 from scale.types import ABSENT, UNKNOWN_COMPONENT, PlanError, SplitError
 
@@ -124,6 +128,99 @@ def test_a_step_has_the_same_sets_at_every_layout(make):
                 assert starts == [8 * t + (j * size + r) * width for j in range(len(share))]
 
 
+SETS_PER_BATCH = 12
+WORLDS = (1, 2, 3, 4, 6, 12)
+
+
+def digests(batch):
+    """Return number and hash of all bytes of each set, in the order of the batch."""
+    found = []
+    for b, number in enumerate(batch.set_index_B.tolist()):
+        digest = sha256()
+        for field in fields(batch):
+            digest.update(getattr(batch, field.name)[b].contiguous().numpy().tobytes())
+        found.append((number, digest.hexdigest()))
+    return found
+
+
+def run_segment(make, state, num_steps, *, world, choice, threads, prefetch, **changes):
+    """Go on from ``state`` with ``world`` ranks; return the sets in Megatron's order."""
+    share = SETS_PER_BATCH // world
+    micro = [d for d in range(1, share + 1) if share % d == 0]
+    micro = micro[choice % len(micro)]
+    by_rank = []
+    for rank in range(world):
+        module = make(
+            rank=rank, size=world, reader_threads=threads, prefetch_batches=prefetch, **changes
+        )
+        start = 0 if state is None else module.check_state(state)
+        by_rank.append(
+            steps(
+                module,
+                num_steps,
+                consumed_sets=start,
+                sets_per_batch=SETS_PER_BATCH,
+                sets_per_micro_batch=micro,
+            )
+        )
+        new_state = module.state_dict(start + num_steps * SETS_PER_BATCH)
+        module.close()
+    found = []
+    for step in zip(*by_rank, strict=True):
+        for micro_batches in zip(*step, strict=True):
+            for batch in micro_batches:
+                found += digests(batch)
+    return found, new_state
+
+
+segments = st.lists(
+    st.fixed_dictionaries(
+        {
+            "num_steps": st.integers(1, 4),
+            "world": st.sampled_from(WORLDS),
+            "choice": st.integers(0, 5),
+            "threads": st.integers(1, 3),
+            "prefetch": st.integers(1, 5),
+        }
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def segment(num_steps, world, choice=0, threads=2, prefetch=2):
+    return {
+        "num_steps": num_steps,
+        "world": world,
+        "choice": choice,
+        "threads": threads,
+        "prefetch": prefetch,
+    }
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"control_fraction": 0.2, "short": ShortSets.repeat}], ids=["mask", "repeat"]
+)
+def test_any_sequence_of_worlds_and_stops_reads_what_one_process_reads(make, changes):
+    expected, _ = run_segment(make, None, **segment(16, 1), **changes)
+    assert [number for number, _ in expected] == list(range(16 * SETS_PER_BATCH))
+    # all sets of all epochs are different draws
+    assert len({digest for _, digest in expected}) == len(expected)
+
+    @settings(max_examples=8, deadline=None)
+    @given(parts=segments)
+    @example(parts=[segment(3, 1), segment(2, 2, 1), segment(4, 4, 2, 1, 1), segment(3, 3, 1, 3)])
+    @example(parts=[segment(1, 12), segment(1, 6, 1), segment(1, 1, 3), segment(1, 4, 1)])
+    def law(parts):
+        state, found = None, []
+        for part in parts:
+            more, state = run_segment(make, state, **part, **changes)
+            found += more
+        assert found == expected[: len(found)]
+
+    law()
+
+
 def test_resume_at_any_step_equals_the_uninterrupted_run(make):
     whole = [sets_of(step) for step in steps(make(), 8)]
     for done in (1, 3, 7):
@@ -163,6 +260,36 @@ def test_training_reads_no_chunk_of_what_is_held_out(make, split, controls, cont
     # without training conditions of K562, its controls are drawn only as targets, where shared
     is_target = control_fraction > 0 and controls is HeldoutControls.shared
     assert contexts == {"A549", "HepG2"} | ({"K562"} if is_target else set())
+
+
+@pytest.mark.parametrize("controls", list(HeldoutControls))
+def test_training_touches_no_byte_of_what_is_held_out(make, split, controls, monkeypatch):
+    asked = []
+
+    def record(real):
+        def recorded(self, shard, begin, end):
+            asked.append((shard, begin, end))
+            return real(self, shard, begin, end)
+
+        monkeypatch.setattr(Shards, real.__name__, recorded)
+
+    record(Shards.read)
+    record(Shards.will_need)
+    module = make(split=split, heldout_controls=controls, control_fraction=0.3)
+    steps(module, module.train_plan.num_sets_per_epoch, sets_per_batch=4)
+    module.control_pool.join()
+    index = module.store.chunks
+    usable = np.isin(
+        index["condition"], module.part_conditions("train") + module._controls("train")
+    )
+    allowed = {}
+    for entry in index[usable]:
+        shard, begin, size = int(entry["shard"]), int(entry["offset"]), int(entry["length"])
+        # with the padding behind a chunk
+        allowed.setdefault(shard, set()).update(range(begin, begin + -(-size // 8) * 8))
+    assert asked
+    for shard, begin, end in asked:
+        assert set(range(begin, end)) <= allowed[shard]
 
 
 def test_parts_are_those_of_the_split(make, split):
