@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from scale.config import SourceFormat, compose
 from scale.data.ingest.h5ad import H5adSource
+from scale.data.ingest.identity import describe_identity
 from scale.data.ingest.prepare import prepare
 from scale.data.ingest.sources import make_sources
 from scale.data.ingest.tahoe import TahoeSource
@@ -620,6 +621,16 @@ def test_there_is_one_matrix(tmp_path):
             file.matrix("X")
         info = file.matrix("expressions")
     assert (info.kind, info.shape, info.dtype) == ("csr", (30, NUM_GENES), np.float32)
+
+
+def test_a_run_does_not_go_on_with_other_tables(tmp_path):
+    write_rows(tmp_path / "rows" / "0.parquet", make_rows(30))
+    write_tables(tmp_path / "tables")
+    config = settings(tmp_path)
+    first = describe_identity(config, make_sources(config))
+    assert describe_identity(config, make_sources(config)) == first
+    write_tables(tmp_path / "tables", gene_metadata=GENES.assign(gene_symbol=GENES.ensembl_id))
+    assert describe_identity(config, make_sources(config)) != first
 
 
 # --- the dataset's own tables, and the writer ----------------------------------------------------

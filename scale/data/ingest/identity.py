@@ -47,6 +47,8 @@ def describe_identity(config: PrepareConfig, sources: Sequence[Source]) -> dict[
         file = getattr(config.genes, name)
         if file is not None and Path(file).is_file():
             found[f"content of genes.{name}"] = sha256(Path(file).read_bytes()).hexdigest()
+    if config.source.metadata is not None:
+        found["tables in source.metadata"] = list(_stamp(Path(config.source.metadata)))
     for number, source in enumerate(sources):
         if source.path is not None:
             found[f"input {number}"] = [source.path.name, *_stamp(source.path)]
