@@ -1,5 +1,6 @@
 """Gene vocabularies: hash, alignment, and the choice of highly variable genes."""
 
+import json
 import logging
 import warnings
 from hashlib import sha256
@@ -10,10 +11,19 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scale.config import GeneChoice, GeneFlavor, GenesConfig
+from scale.config import (
+    ColumnsConfig,
+    GeneChoice,
+    GeneFlavor,
+    GenesConfig,
+    PrepareConfig,
+    SourceConfig,
+    SourceFormat,
+)
 from scale.data.genes import GeneVocabulary, StreamingMoments
 from scale.data.ingest.choice import choose_genes, choose_list
 from scale.data.ingest.conditions import ConditionTable
+from scale.data.ingest.prepare import prepare
 from scale.types import Condition, Perturbation, SourceError, SplitError
 
 
@@ -327,6 +337,43 @@ def test_genes_fitted_on_train_do_not_change_with_any_edit_of_held_out_cells(spl
     assert (
         screen.choose(num=7).table["mean"].tolist() != edited.choose(num=7).table["mean"].tolist()
     )
+
+
+def test_prepare_passes_by_held_out_cells_when_it_chooses(split, tmp_path):
+    screen = Screen()
+    labels = [(c.cell_type, c.perturbation.label) for c in screen.conditions]
+    obs = pd.DataFrame([labels[c] for c in screen.condition_N], columns=["line", "drug"])
+    obs.index = obs.index.astype(str)
+    is_train = (obs["line"] == "A549") & obs["drug"].isin(["DMSO", "a", "d"])
+    tables = {}
+    for edit in (1, 50):
+        screen.counts[~is_train] = edit * screen.counts[~is_train, ::-1] + edit
+        adata = ad.AnnData(sp.csr_matrix(screen.counts.astype(np.float32)), obs=obs)
+        adata.var_names = screen.genes.symbols
+        adata.write_h5ad(tmp_path / "cells.h5ad")
+        for genes_split in (split, None):
+            store = tmp_path / f"store-{edit}-{genes_split is None}"
+            prepare(
+                PrepareConfig(
+                    name="test",
+                    run_dir=str(tmp_path / "run"),
+                    store=str(store),
+                    source=SourceConfig(
+                        format=SourceFormat.h5ad, files=[str(tmp_path / "cells.h5ad")]
+                    ),
+                    columns=ColumnsConfig(perturbation="drug", cell_type="line"),
+                    control="DMSO",
+                    genes=GenesConfig(num=9, split=genes_split),
+                )
+            )
+            tables[edit, genes_split] = pd.read_parquet(store / "genes.parquet")
+            provenance = json.loads((store / "prepare.json").read_text())["provenance"]
+            assert provenance["genes_fit_on"] == ("all" if genes_split is None else "train")
+    pd.testing.assert_frame_equal(tables[1, split], tables[50, split], check_exact=True)
+    assert (tables[1, None]["mean"] != tables[50, None]["mean"]).any()
+    expected = moments_of(sp.csr_matrix(screen.counts[is_train]), screen.counts[is_train].sum(1))
+    np.testing.assert_array_equal(tables[1, split]["mean"], expected.table()["mean"])
+    np.testing.assert_array_equal(tables[1, split]["column"] >= 0, expected.highly_variable(9))
 
 
 def test_a_split_without_training_conditions_is_refused(tmp_path):
