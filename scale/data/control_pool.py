@@ -5,6 +5,8 @@ Control cells are used in every set, and are a small part of an atlas (2 % of Ta
 budget, a thread reads them once from end to end, at the speed of the disk and ahead of the draws,
 and compares their checksums; else every chunk is read and checked when a cell of it is first drawn.
 What is drawn, and every value, is the same either way.
+
+Shapes: C = chunks.
 """
 
 from __future__ import annotations

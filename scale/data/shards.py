@@ -3,6 +3,8 @@
 A shard is a head of 16 bytes and chunks padded to 8; where a chunk starts is known to the index
 only. Shards of treated cells hold one cell type each and are read; shards of control cells are not
 compressed and are mapped.
+
+Shapes: C = chunks, K = groups of chunks.
 """
 
 from __future__ import annotations
