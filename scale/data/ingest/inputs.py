@@ -23,7 +23,8 @@ from scale.data.csr import NO_BATCH
 from scale.data.genes import GeneVocabulary
 from scale.data.ingest.conditions import ConditionTable
 from scale.data.ingest.counts import SAMPLE_CELLS, find_counts
-from scale.data.ingest.reader import LABEL_DTYPE, FileLook, Floats, Piece, opened
+from scale.data.ingest.opened import opened
+from scale.data.ingest.reader import LABEL_DTYPE, FileLook, Floats, Piece
 from scale.data.ingest.scan import Scan
 from scale.data.ingest.source import Source, SourceFile
 from scale.data.ingest.workers import Report, Workers

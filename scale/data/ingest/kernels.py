@@ -4,7 +4,8 @@ Each does in one pass over memory what NumPy does in five to ten. They know noth
 messages: a status and a position are returned, and the caller says what is wrong there.
 
 Shapes: N = cells of a block, R = rows of it that are wanted, M = stored values, G = genes of the
-file, E = gap exceptions, F = count exceptions.
+file, E = gap exceptions, F = count exceptions,
+K = stored values of one row, S = those of them that are stored.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from scale.data.csr import LARGEST_ROW
 
 UNSORTED = -2
 """Answer of :func:`find_duplicate` for rows whose order it cannot use."""
-SOUND, NO_COUNT, NOT_ASCENDING, TOO_LONG = 0, 1, 2, 3
+SOUND, NO_COUNT, NOT_ASCENDING, NO_GENE, TOO_LONG = 0, 1, 2, 3, 4
 """Answers of :func:`check_rows` and :func:`pack_rows`."""
+ALL_GENES, ASCENDING, MIXED = 0, 1, 2
+"""Order of the stored columns: those of the file, some of them in its order, in another one."""
 
 
 @compiled
@@ -50,29 +53,48 @@ def find_duplicate(indptr: npt.NDArray[Any], indices_M: npt.NDArray[Any]) -> int
 
 
 @compiled
+def _sum_row(
+    indices_K: npt.NDArray[Any], data_K: npt.NDArray[Any], largest: int, num_genes: int
+) -> tuple[int, np.int64, int]:
+    """Return status, total and number of stored zeros of one row.
+
+    Nothing is decided inside the loops, so that each step does eight values: 0.4 ns per value, as
+    against 1.9 ns with a way out. What is not finite never equals a whole number.
+    """
+    bad, zeros, total = 0, 0, np.int64(0)
+    for k in range(len(data_K)):
+        count = np.int32(data_K[k])
+        bad += (np.float64(count) != data_K[k]) | (count < 0) | (count > largest)
+        zeros += count == 0
+        total += count
+    if bad:
+        return NO_COUNT, total, zeros
+    for k in range(1, len(indices_K)):
+        bad += indices_K[k] <= indices_K[k - 1]
+    if bad:
+        return NOT_ASCENDING, total, zeros
+    if len(indices_K) and (indices_K[0] < 0 or indices_K[-1] >= num_genes):
+        return NO_GENE, total, zeros
+    return SOUND, total, zeros
+
+
+@compiled
 def check_rows(
     row_R: npt.NDArray[np.int64],
     indptr: npt.NDArray[Any],
     indices_M: npt.NDArray[Any],
     data_M: npt.NDArray[Any],
-    largest: float,
+    largest: int,
+    num_genes: int,
     total_R: npt.NDArray[np.int64],
 ) -> int:
     """Fill the totals of rows of counts; return a status, ``SOUND`` if they are rows of counts."""
     for r in range(len(row_R)):
-        row = row_R[r]
-        last = np.int64(-1)
-        total = np.int64(0)
-        for i in range(indptr[row], indptr[row + 1]):
-            value = np.float64(data_M[i])
-            if not (0.0 <= value <= largest) or value != np.floor(value):
-                return NO_COUNT
-            gene = np.int64(indices_M[i])
-            if gene <= last:
-                return NOT_ASCENDING
-            last = gene
-            total += np.int64(value)
-        total_R[r] = total
+        first, last = indptr[row_R[r]], indptr[row_R[r] + 1]
+        indices_K, data_K = indices_M[first:last], data_M[first:last]
+        status, total_R[r], _ = _sum_row(indices_K, data_K, largest, num_genes)
+        if status != SOUND:
+            return status
     return SOUND
 
 
@@ -82,9 +104,9 @@ def pack_rows(
     indptr: npt.NDArray[Any],
     indices_M: npt.NDArray[Any],
     data_M: npt.NDArray[Any],
-    largest: float,
+    largest: int,
     target_G: npt.NDArray[np.int32],
-    is_ascending: bool,  # noqa: FBT001  numba compiles positional arguments
+    order: int,
     total_R: npt.NDArray[np.int64],
     size_R: npt.NDArray[np.uint16],
     num_gap_high_R: npt.NDArray[np.uint16],
@@ -95,64 +117,99 @@ def pack_rows(
     gap_high_E: npt.NDArray[np.uint16],
     count_place_F: npt.NDArray[np.uint16],
     count_high_F: npt.NDArray[np.uint16],
-) -> tuple[int, int, int, int, int]:
+) -> tuple[int, int, int, int]:
     """Check rows, sum them over all genes and write those with a target as byte streams.
 
-    ``target_G`` is the stored column of each gene of the file, -1 = not stored; with
-    ``is_ascending`` the columns keep the order of the file. Returns a status, the row it is about,
-    and how many values, gap and count exceptions were written.
+    ``target_G`` is the stored column of each gene of the file, -1 = not stored; ``order`` says how
+    these columns go: ``ALL_GENES``, ``ASCENDING`` or ``MIXED``. Returns a status, and how many
+    values, gap and count exceptions were written.
     """
-    target_S = np.empty(len(target_G), np.int64)
-    less_S = np.empty(len(target_G), np.int64)
+    column_S = np.empty(len(target_G), np.int32)
+    count_S = np.empty(len(target_G), np.int32)
     end, end_gap, end_count = 0, 0, 0
     for r in range(len(row_R)):
-        row = row_R[r]
-        last = np.int64(-1)
-        total = np.int64(0)
-        size = 0
-        for i in range(indptr[row], indptr[row + 1]):
-            value = np.float64(data_M[i])
-            if not (0.0 <= value <= largest) or value != np.floor(value):
-                return NO_COUNT, row, end, end_gap, end_count
-            gene = np.int64(indices_M[i])
-            if gene <= last:
-                return NOT_ASCENDING, row, end, end_gap, end_count
-            last = gene
-            count = np.int64(value)
-            total += count
-            target = target_G[gene]
-            if target >= 0 and count > 0:
-                target_S[size] = target
-                less_S[size] = count - 1
-                size += 1
+        first, last = indptr[row_R[r]], indptr[row_R[r] + 1]
+        indices_K, data_K = indices_M[first:last], data_M[first:last]
+        status, total_R[r], zeros = _sum_row(indices_K, data_K, largest, len(target_G))
+        if status != SOUND:
+            return status, end, end_gap, end_count
+        size = last - first
+        if order == ALL_GENES and zeros == 0:
+            for k in range(len(indices_K)):
+                column_S[k] = indices_K[k]
+                count_S[k] = np.int32(data_K[k])
+        else:
+            size = _choose(indices_K, data_K, target_G, column_S, count_S)
         if size > LARGEST_ROW:
-            return TOO_LONG, row, end, end_gap, end_count
-        if not is_ascending:
-            order = np.argsort(target_S[:size])
-            target_S[:size] = target_S[:size][order]
-            less_S[:size] = less_S[:size][order]
+            return TOO_LONG, end, end_gap, end_count
+        if order == MIXED:
+            by_column = np.argsort(column_S[:size])
+            column_S[:size] = column_S[:size][by_column]
+            count_S[:size] = count_S[:size][by_column]
+        num_high = _write_low(
+            column_S[:size], count_S[:size], gap_M[end : end + size], count_M[end : end + size]
+        )
         first_gap, first_count = end_gap, end_count
-        before = np.int64(-1)
-        for k in range(size):
-            gap = target_S[k] - before - 1
-            before = target_S[k]
-            less = less_S[k]
-            gap_M[end + k] = gap & 255
-            count_M[end + k] = less & 255
-            if gap > 255:
-                gap_place_E[end_gap] = k
-                gap_high_E[end_gap] = gap >> 8
-                end_gap += 1
-            if less > 255:
-                count_place_F[end_count] = k
-                count_high_F[end_count] = less >> 8
-                end_count += 1
+        if num_high:
+            before = np.int64(-1)
+            for k in range(size):
+                gap, less = column_S[k] - before - 1, count_S[k] - 1
+                before = np.int64(column_S[k])
+                if gap > 255:
+                    gap_place_E[end_gap] = k
+                    gap_high_E[end_gap] = gap >> 8
+                    end_gap += 1
+                if less > 255:
+                    count_place_F[end_count] = k
+                    count_high_F[end_count] = less >> 8
+                    end_count += 1
         end += size
-        total_R[r] = total
         size_R[r] = size
         num_gap_high_R[r] = end_gap - first_gap
         num_count_high_R[r] = end_count - first_count
-    return SOUND, -1, end, end_gap, end_count
+    return SOUND, end, end_gap, end_count
+
+
+@compiled
+def _choose(
+    indices_K: npt.NDArray[Any],
+    data_K: npt.NDArray[Any],
+    target_G: npt.NDArray[np.int32],
+    column_S: npt.NDArray[np.int32],
+    count_S: npt.NDArray[np.int32],
+) -> int:
+    """Write column and count of the entries that are stored; return how many they are."""
+    size = 0
+    for k in range(len(indices_K)):
+        target = target_G[indices_K[k]]
+        if target >= 0 and data_K[k] != 0:
+            column_S[size] = target
+            count_S[size] = np.int32(data_K[k])
+            size += 1
+    return size
+
+
+@compiled
+def _write_low(
+    column_S: npt.NDArray[np.int32],
+    count_S: npt.NDArray[np.int32],
+    gap_S: npt.NDArray[np.uint8],
+    less_S: npt.NDArray[np.uint8],
+) -> int:
+    """Write the low bytes of gaps and counts; return how many do not fit."""
+    num_high = 0
+    if len(column_S):
+        gap_S[0] = column_S[0] & 255
+        num_high += column_S[0] > 255
+    for k in range(1, len(column_S)):
+        gap = column_S[k] - column_S[k - 1] - 1
+        gap_S[k] = gap & 255
+        num_high += gap > 255
+    for k in range(len(count_S)):
+        less = count_S[k] - 1
+        less_S[k] = less & 255
+        num_high += less > 255
+    return num_high
 
 
 @compiled

@@ -16,8 +16,9 @@ from scale.config import GeneFlavor
 from scale.data.genes import StreamingMoments
 from scale.data.ingest.grouping import Buckets
 from scale.data.ingest.inputs import hash_input, read_labels
+from scale.data.ingest.opened import opened
 from scale.data.ingest.packing import PackedCells
-from scale.data.ingest.reader import Columns, Piece, PieceReader, opened
+from scale.data.ingest.reader import Columns, Piece, PieceReader
 from scale.data.ingest.spill import write_spill
 from scale.data.ingest.workers import Report
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from scale.config import PrepareConfig, Restart
 from scale.data.ingest.identity import describe_identity
 from scale.data.ingest.journal import Journal
-from scale.data.ingest.reader import close_opened
+from scale.data.ingest.opened import close_opened
 from scale.data.ingest.report import PrepareReport
 from scale.data.ingest.source import Source
 from scale.data.ingest.sources import make_sources

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,9 +20,21 @@ import scipy.sparse as sp
 
 from scale.data.csr import LARGEST_ROW
 from scale.data.ingest.counts import MAX_COUNT, CountsPlace, check_counts, recover_counts
-from scale.data.ingest.kernels import SOUND, TOO_LONG, check_rows, pack_rows
+from scale.data.ingest.kernels import (
+    ALL_GENES,
+    ASCENDING,
+    MIXED,
+    NO_COUNT,
+    NO_GENE,
+    NOT_ASCENDING,
+    SOUND,
+    TOO_LONG,
+    check_rows,
+    pack_rows,
+)
+from scale.data.ingest.opened import opened
 from scale.data.ingest.packing import PackedCells
-from scale.data.ingest.source import Source, SourceFile
+from scale.data.ingest.source import Source
 from scale.types import SourceError
 
 EMPTY_LIBRARY = "no counts"
@@ -181,8 +192,7 @@ class PieceReader:
         report
             Called with the cells that have been read since it last was.
         """
-        kept = target_G[target_G >= 0]
-        packer = _Packer(target_G, is_ascending=bool((np.diff(kept) > 0).all()))
+        packer = _Packer(target_G)
         for block in self._blocks(report):
             checked = self._checked(block, packer.pack)
             used = self._used(checked, packer.total_R)
@@ -218,11 +228,18 @@ class PieceReader:
     def _checked(self, block: Block, run: Callable[[Block], int]) -> Block:
         """Return a block for which ``run`` finds nothing to complain of; raise if there is none."""
         status = run(block)
-        if status not in (SOUND, TOO_LONG):
+        if status in (NO_COUNT, NOT_ASCENDING):
             # Tells what is wrong, or sorts the rows.
             matrix = check_counts(self._file, self._location, block.row_R, block.matrix[block.at_R])
             block = replace(block, matrix=matrix, at_R=np.arange(len(block.row_R)))
             status = run(block)
+        if status == NO_GENE:
+            indices_M = block.matrix.indices
+            raise SourceError(
+                f"{self._file.name}: {self._location} has impossible indices in the rows from "
+                f"{block.row_R[0]} on ({indices_M.min()} to {indices_M.max()}); expected columns 0 "
+                f"to {block.matrix.shape[1] - 1}"
+            )
         if status == TOO_LONG:
             size_R = np.diff(block.matrix.indptr)[block.at_R]
             row = block.row_R[int(np.argmax(size_R))]
@@ -278,16 +295,21 @@ def _sum_rows(total_R: Columns, block: Block) -> int:
     """Check the rows of a block and fill in their totals; return a status."""
     matrix = block.matrix
     values = _plain(matrix)
-    largest = float(MAX_COUNT)
-    return int(check_rows(block.at_R, matrix.indptr, matrix.indices, values, largest, total_R))
+    sizes = (MAX_COUNT, matrix.shape[1])
+    return int(check_rows(block.at_R, matrix.indptr, matrix.indices, values, *sizes, total_R))
 
 
 class _Packer:
     """Turns blocks into packed cells; its arrays are those of the latest block."""
 
-    def __init__(self, target_G: npt.NDArray[np.int32], *, is_ascending: bool) -> None:
-        self._target_G, self._is_ascending = target_G, is_ascending
+    def __init__(self, target_G: npt.NDArray[np.int32]) -> None:
         self.total_R = np.empty(0, np.int64)
+        self._target_G = target_G
+        if np.array_equal(target_G, np.arange(len(target_G))):
+            self._order = ALL_GENES
+        else:
+            is_ascending = bool((np.diff(target_G[target_G >= 0]) > 0).all())
+            self._order = ASCENDING if is_ascending else MIXED
 
     def pack(self, block: Block) -> int:
         """Write the streams of a block; return a status."""
@@ -306,14 +328,14 @@ class _Packer:
             "count_place_F": np.empty(num_values, np.uint16),
             "count_high_F": np.empty(num_values, np.uint16),
         }
-        status, _, *ends = pack_rows(
+        status, *ends = pack_rows(
             block.at_R,
             matrix.indptr,
             matrix.indices,
             _plain(matrix),
-            float(MAX_COUNT),
+            MAX_COUNT,
             self._target_G,
-            self._is_ascending,
+            self._order,
             self.total_R,
             *self._arrays.values(),
         )
@@ -344,36 +366,3 @@ def _plain(matrix: sp.csr_matrix) -> npt.NDArray[Any]:
     """Return the values in a type that compiled code knows."""
     values: npt.NDArray[Any] = matrix.data
     return values.astype(np.float32) if values.dtype == np.float16 else values
-
-
-# --- the file that is open ----------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Opened:
-    """The file that this process has open: the next piece is mostly of the same."""
-
-    key: object = None
-    file: SourceFile | None = None
-    stack: ExitStack | None = None
-
-
-_opened = _Opened()
-
-
-def opened(source: Source) -> SourceFile:
-    """Return the open file of a source; the one that was open before is closed."""
-    key = id(source) if source.path is None else (type(source), source.path)
-    if _opened.file is None or _opened.key != key:
-        close_opened()
-        stack = ExitStack()
-        _opened.file = stack.enter_context(source.open())
-        _opened.key, _opened.stack = key, stack
-    return _opened.file
-
-
-def close_opened() -> None:
-    """Close the file that is open, if there is one."""
-    if _opened.stack is not None:
-        _opened.stack.close()
-    _opened.key = _opened.file = _opened.stack = None
