@@ -225,9 +225,8 @@ def test_texts_without_their_padding():
     byte_NW = encoded.view(np.uint8).reshape(4, -1)
     ends, out = np.zeros(5, np.int32), np.empty(byte_NW.size, np.uint8)
     assert unpad_texts(byte_NW, ends, out) == 9
-    assert [out[a:b].tobytes().decode() for a, b in zip(ends, ends[1:], strict=False)] == list(
-        texts
-    )
+    parts = [out[first:last].tobytes() for first, last in pairwise(ends.tolist())]
+    assert [part.decode() for part in parts] == list(texts)
     wider = encoded.astype("S40").view(np.uint8).reshape(4, -1)
     np.testing.assert_array_equal(hash_texts(byte_NW), hash_texts(wider))
     assert len(set(hash_texts(byte_NW).tolist())) == 4
