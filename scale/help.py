@@ -54,13 +54,15 @@ TASKS: dict[str, TaskHelp] = {
         "runs/demo/report/report.html and runs/demo/summary.json",
     ),
     "prepare": TaskHelp(
-        "h5ad files (or simulated cells) into a store, the form training reads",
+        "h5ad, parquet or SCDL files into a store, the form training reads",
         "Reads counts, picks genes, groups the cells by what was done to them, and writes a "
         "compact, checksummed store. The matrix must hold counts, or log1p values from which "
-        "they can be recovered exactly. Cells it cannot use are counted and reported by reason.",
+        "they can be recovered exactly. Cells it cannot use are counted and reported by reason. "
+        "Input may be larger than memory; a prepare that was killed goes on where it stopped. "
+        "The same command checks (verify), joins (merge) and exports stores.",
         (
-            Setting("source", "synthetic", "synthetic (no file needed) or h5ad"),
-            Setting("source.files", "[]", "path or pattern of the h5ad files, or a list"),
+            Setting("source", "synthetic", "synthetic, h5ad, tahoe_parquet, scdl or store"),
+            Setting("source.files", "[]", "path or pattern of the files, or a list"),
             Setting("store", "data/toy", "directory to write"),
             Setting("columns.perturbation", "drug", "column of .obs: what was done to a cell"),
             Setting("columns.cell_type", "cell_line", "column of .obs: cell type or cell line"),
@@ -68,11 +70,17 @@ TASKS: dict[str, TaskHelp] = {
             Setting("control", "DMSO_TF", "label of untreated cells in the perturbation column"),
             Setting("genes", "hvg", "hvg (genes.num=2000), all, or list (genes.file=FILE)"),
             Setting("counts", "auto", "where the counts are: auto, X, layers/NAME, raw/X"),
+            Setting("num_workers", "null", "processes; null = one per core"),
         ),
         (
             "scale prepare",
             "scale prepare source=h5ad source.files='plates/*.h5ad' store=data/mine "
             "columns.perturbation=drug columns.cell_type=cell_line control=DMSO",
+            "scale prepare source=tahoe_parquet source.files='data/*.parquet' "
+            "source.metadata=metadata store=data/tahoe",
+            "scale prepare verify=data/mine",
+            "scale prepare store=data/mine export=mine.h5ad",
+            "scale prepare merge=[data/a,data/b] store=data/c",
         ),
         "a directory: the store",
     ),

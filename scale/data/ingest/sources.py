@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from scale.config import PrepareConfig, SourceFormat
-from scale.data.ingest.from_store import StoreSource
 from scale.data.ingest.h5ad import H5adSource
 from scale.data.ingest.scdl import ScdlSource
 from scale.data.ingest.source import Source, find_files
@@ -35,6 +34,15 @@ def make_sources(config: PrepareConfig) -> list[Source]:
         case SourceFormat.scdl:
             return [ScdlSource(path) for path in paths]
         case SourceFormat.store:
+            # reads what the loader reads and so imports torch, which no other source needs
+            from scale.data.ingest.from_store import StoreSource
+
+            if config.columns.library is None:
+                raise SourceError(
+                    "columns.library is null: the totals over all genes, which a store keeps in "
+                    "its column library, would be replaced by totals over its stored genes; set "
+                    "columns.library=library"
+                )
             return [StoreSource(path) for path in paths]
         case SourceFormat.tahoe_parquet:
             if settings.metadata is None:
