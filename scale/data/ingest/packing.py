@@ -155,16 +155,16 @@ class PackedCells:
 
     # --- to bytes and back ----------------------------------------------------------------------
 
-    def to_bytes(self) -> bytes:
-        """Return the cells as bytes, every array aligned to its item size."""
+    def buffers(self) -> list[memoryview]:
+        """Return what :meth:`from_bytes` reads, without copies; arrays are aligned in the whole."""
         width = 0 if self.barcode_N is None else self.barcode_N.dtype.itemsize
         sizes = (self.num_cells, len(self.gap_M), len(self.gap_high_E), len(self.count_high_F))
-        head = np.array([*sizes, width], np.int64)
-        return b"".join([head.tobytes(), *(array.tobytes() for array in self._arrays())])
+        arrays = [np.array([*sizes, width], np.int64), *self._arrays()]
+        return [np.ascontiguousarray(array).data for array in arrays if len(array)]
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> PackedCells:
-        """Undo :meth:`to_bytes`; the arrays are views of ``blob``."""
+        """Undo :meth:`buffers`; the arrays are views of ``blob``."""
         *sizes, width = np.frombuffer(blob, np.int64, 5).tolist()
         length = dict(zip("NMEF", sizes, strict=True))
         dtypes = _DTYPES | ({"barcode_N": np.dtype(f"S{width}")} if width else {})

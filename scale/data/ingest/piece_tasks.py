@@ -160,7 +160,7 @@ def spill_cells(settings: SpillSettings, piece: Piece, report: Report) -> PieceR
     target_G[chosen] = np.arange(len(chosen), dtype=np.int32)
     parts = list(reader.cells(target_G, report))
     if settings.keep_barcodes:
-        parts = _with_barcodes(piece, parts)
+        parts[:] = _with_barcodes(piece, parts)
     files = write_spill(settings.cells.folder, piece.number, parts, settings.buckets)
     return PieceResult(files, reader.num_tried, dict(reader.dropped))
 

@@ -32,8 +32,9 @@ from scale.types import StoreError
 
 logger = logging.getLogger(__name__)
 
-WORKER_BYTES = 256 << 20
-"""Most memory that one worker needs for cells: a piece in two copies, or a bucket in three."""
+WORKER_BYTES = 320 << 20
+"""Most memory that one worker needs for cells, of whatever input: a piece in two copies and a block of
+input, or a bucket in two copies."""
 SMALL_BYTES = 256 << 20
 """Inputs below this are done by one process: starting others takes as long."""
 JOURNAL = "journal.jsonl"
@@ -140,15 +141,14 @@ def _number_of_workers(config: PrepareConfig, sources: list[Source]) -> int:
         is_small = sum(file.stat().st_size for file in files) < SMALL_BYTES
         wanted = 1 if is_small else len(os.sched_getaffinity(0))
     possible = max(1, config.memory_bytes // WORKER_BYTES)
-    if wanted > possible:
-        logger.info(
-            "%d of %d workers: each needs up to %d MiB, memory_bytes is %d MiB",
-            possible,
-            wanted,
-            WORKER_BYTES >> 20,
-            config.memory_bytes >> 20,
-        )
-    return min(wanted, possible)
+    number = min(wanted, possible)
+    logger.info(
+        "workers: %d, each with up to %d MiB beside Python%s",
+        number,
+        WORKER_BYTES >> 20,
+        "" if wanted <= possible else f"; memory_bytes ({config.memory_bytes:,}) allows no more",
+    )
+    return number
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -131,7 +131,7 @@ def _write_buckets(
         if carried is not None:
             parts.insert(0, carried)
         cells = PackedCells.concatenate(parts) if parts else None
-        carried = None
+        parts, carried = [], None  # in memory twice and not thrice
         if cells is None or not cells.num_cells:
             continue
         cells = cells.take(settings.buckets.order(cells.condition_N, cells.ordinal_N))

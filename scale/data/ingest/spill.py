@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,14 +96,18 @@ def index_name(piece: int) -> str:
 
 
 def write_spill(
-    folder: Path, piece: int, parts: Sequence[PackedCells], buckets: Buckets
+    folder: Path, piece: int, parts: list[PackedCells], buckets: Buckets
 ) -> dict[str, int]:
-    """Write the cells of a piece and their index; return both files with their sizes."""
+    """Write the cells of a piece and their index; return both files with their sizes.
+
+    The list of parts is emptied on the way, so that cells are in memory twice and not thrice.
+    """
     segments, condition_N = [], np.empty(0, np.int32)
     path = folder / spill_name(piece)
     with path.open("wb") as handle:
         if parts:
             cells = PackedCells.concatenate(parts)
+            parts.clear()
             condition_N = cells.condition_N
             bucket_N = buckets.of(condition_N, cells.ordinal_N)
             order = np.argsort(bucket_N, kind="stable")
@@ -111,10 +115,12 @@ def write_spill(
             own, first = np.unique(bucket_N[order], return_index=True)
             bounds = np.append(first, cells.num_cells)
             for bucket, part in zip(own.tolist(), cells.slices(bounds), strict=True):
-                blob = part.to_bytes()
-                facts = (len(blob), part.num_cells, zlib.crc32(blob), part.num_bytes_in_chunks)
-                segments.append((bucket, piece, handle.tell(), *facts))
-                handle.write(blob)
+                offset, crc = handle.tell(), 0
+                for buffer in part.buffers():
+                    crc = zlib.crc32(buffer, crc)
+                    handle.write(buffer)
+                facts = (handle.tell() - offset, part.num_cells, crc, part.num_bytes_in_chunks)
+                segments.append((bucket, piece, offset, *facts))
         handle.flush()
         os.fsync(handle.fileno())
     condition_C, num_cells_C = np.unique(condition_N, return_counts=True)
