@@ -33,8 +33,8 @@ from scale.types import StoreError
 logger = logging.getLogger(__name__)
 
 WORKER_BYTES = 320 << 20
-"""Most memory that one worker needs for cells, of whatever input: a piece in two copies and a block of
-input, or a bucket in two copies."""
+"""Most memory that one worker needs for cells: a piece in two copies and a block of the input, or a
+bucket in two copies."""
 SMALL_BYTES = 256 << 20
 """Inputs below this are done by one process: starting others takes as long."""
 JOURNAL = "journal.jsonl"

@@ -148,12 +148,11 @@ def _receive(worker: _Worker) -> tuple[str, Any]:
         worker.process.join()
         status = worker.process.exitcode or 0
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        hint = (
-            "; perhaps for want of memory: give fewer num_workers or less memory_bytes"
-            if -status == signal.SIGKILL
-            else ""
-        )
-        raise ChildProcessError(f"a worker process was ended {how}{hint}") from error
+        if -status == signal.SIGKILL:
+            hint = "perhaps for want of memory: give fewer num_workers or less memory_bytes"
+        else:
+            hint = "what it wrote says why; a script that is run needs `if __name__ == '__main__'`"
+        raise ChildProcessError(f"a worker process was ended {how}; {hint}") from error
     return message
 
 
