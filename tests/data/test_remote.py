@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -331,11 +332,8 @@ def test_threads_share_one_fetch(local, server, cache):
     name, condition = next(iter(one_condition_per_shard(local).items()))
     server.delay = 0.02
     with CellSetStore.open(f"{server.address}/toy", cache_dir=cache) as store:
-        threads = [threading.Thread(target=store.read, args=(condition,)) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(6) as threads:
+            list(threads.map(store.read, [condition] * 6))
         assert_same_cells(store, local, condition)
     assert len(server.ranges(name)) == len(set(server.ranges(name)))
 
