@@ -18,8 +18,8 @@ settings. It runs in the environment that scripts/cell_load_environment makes.
 
 The keys ``ratio_vs_...`` are CPU seconds per cell of cell-load over those here, ratios of medians;
 ``_csr_b`` is against the tuned default on set B. ``bytes_per_cell_...`` is the whole directory of
-the store made with keep_cells=none. ``ingest_...`` is ``prepare`` with one worker, CPU seconds after
-the imports; rows of Tahoe-100M with memory_bytes of 512 MiB in two sizes, to compare the peaks.
+the store made with keep_cells=none. ``ingest_...`` is ``prepare`` with one worker, in CPU seconds
+after the imports; rows of Tahoe-100M in two sizes with memory_bytes of 512 MiB: peaks compare.
 Cold figures follow posix_fadvise(DONTNEED) on every file; what a reader keeps in memory or mapped
 stays there.
 """
