@@ -8,12 +8,14 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -50,6 +52,7 @@ class Server:
         self._lock = threading.Lock()
         self._sent = 0
         self._is_closed = threading.Event()
+        self._connections = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = False
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
@@ -68,6 +71,9 @@ class Server:
     def close(self):
         self._is_closed.set()
         self._server.shutdown()
+        for connection in self._connections:
+            with suppress(OSError):  # it may have ended by itself
+                connection.shutdown(socket.SHUT_RDWR)
         self._server.server_close()
         self._thread.join()
 
@@ -99,7 +105,10 @@ class Server:
     def _handler(server):
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            timeout = 2
+
+            def setup(self):
+                super().setup()
+                server._connections.append(self.connection)
 
             def do_GET(self):
                 found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
