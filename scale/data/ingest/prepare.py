@@ -7,7 +7,7 @@ the seed, not on how the input was cut into files of equal order, pieces and blo
 of processes, or on how often it was killed and started again.
 
 Memory is that of the workers, ``WORKER_BYTES`` each beside Python and its libraries, and the labels
-of the largest file (about 60 bytes per cell of it) while they are read.
+of the largest file (about 90 bytes per cell of it) while they are read.
 """
 
 from __future__ import annotations
