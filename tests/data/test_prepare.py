@@ -804,10 +804,7 @@ def test_a_failing_overwrite_keeps_the_old_store(source, tmp_path, fingerprint):
 
 
 def test_a_full_disk_leaves_no_store_and_the_same_command_goes_on(source, tmp_path, fingerprint):
-    script = (
-        "import sys, test_prepare as t\n"
-        "t.prepare(t.settings([sys.argv[1]], sys.argv[2]))\n"
-    )
+    script = "import sys, test_prepare as t\nt.prepare(t.settings([sys.argv[1]], sys.argv[2]))\n"
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, 16_384))
