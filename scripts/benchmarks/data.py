@@ -32,12 +32,12 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_ingest import Ingest, gzip_copy, h5ad_settings, ingest, tahoe_settings
-from data_sets import SET_A, SET_B, Design, make_dense_h5ad, make_h5ad
+from data_sets import SET_A, SET_B, make_dense_h5ad, make_h5ad
 from machine import describe_machine
 from worker import Worker
 
@@ -59,48 +59,12 @@ RATIOS = {
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """One way to get cells, and how many sets a round asks it for."""
+    """One way to get cells, in a process that has been started; how many sets a round asks for."""
 
     name: str
-    command: list[str]
+    worker: Worker
     files: list[Path]
     num_sets: int
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A set and the readers that are measured on it; the first is what ratios are taken of."""
-
-    name: str
-    readers: list[Reader]
-    store: Ingest
-
-
-def store_readers(
-    case: str, store: Path, ways: dict[str, tuple[str, int]], batch: int, num_sets: int
-) -> list[Reader]:
-    """Return readers of a store: name -> mode of store_reader.py and threads."""
-    script = str(HERE / "store_reader.py")
-    files = [path for path in store.rglob("*") if path.is_file()]
-    return [
-        Reader(
-            f"{case} scale {name}",
-            [sys.executable, script, str(store), mode, str(threads), str(batch)],
-            files,
-            num_sets,
-        )
-        for name, (mode, threads) in ways.items()
-    ]
-
-
-def cell_load_reader(
-    name: str, python: str, file: Path, batch: int, num_sets: int, *, tuned: bool = False
-) -> Reader:
-    """Return a reader of cell-load; "consecutive" in its name turns that on."""
-    mode = "consecutive" if "consecutive" in name else "scattered"
-    command = [python, str(HERE / "cell_load_reader.py"), str(file), mode, str(batch)]
-    return Reader(name, command, [file], num_sets, TUNED if tuned else {})
 
 
 def forget_files(files: list[Path]) -> None:
@@ -112,27 +76,28 @@ def forget_files(files: list[Path]) -> None:
         os.close(handle)
 
 
-def measure(case: Case, rounds: int, cold_rounds: int) -> dict[str, tuple[Answers, Answers]]:
+def measure(
+    readers: list[Reader], rounds: int, cold_rounds: int
+) -> dict[str, tuple[Answers, Answers]]:
     """Return the answers of every reader, with a warm and with a cold page cache."""
-    workers = {r.name: Worker(r.command, r.environment) for r in case.readers}
-    for worker in workers.values():
-        worker.wait_until_ready()
-    warm: dict[str, Answers] = {r.name: [] for r in case.readers}
-    cold: dict[str, Answers] = {r.name: [] for r in case.readers}
+    for reader in readers:
+        reader.worker.wait_until_ready()
+    warm: dict[str, Answers] = {reader.name: [] for reader in readers}
+    cold: dict[str, Answers] = {reader.name: [] for reader in readers}
     for number in range(rounds + 1):
-        for reader in case.readers:
-            answer = workers[reader.name].ask(reader.num_sets)
+        for reader in readers:
+            answer = reader.worker.ask(reader.num_sets)
             if number:
                 warm[reader.name].append(answer)
-        print(f"set {case.name}: round {number} of {rounds} done", file=sys.stderr)
-    _compare_values({name: worker.ask(0) for name, worker in workers.items()})
+        print(f"round {number} of {rounds} done", file=sys.stderr)
+    _compare_values({reader.name: reader.worker.ask(0) for reader in readers})
     for _ in range(cold_rounds):
-        for reader in case.readers:
+        for reader in readers:
             forget_files(reader.files)
-            cold[reader.name].append(workers[reader.name].ask(reader.num_sets))
-    for worker in workers.values():
-        worker.close()
-    return {name: (warm[name], cold[name]) for name in workers}
+            cold[reader.name].append(reader.worker.ask(reader.num_sets))
+    for reader in readers:
+        reader.worker.close()
+    return {name: (warm[name], cold[name]) for name in warm}
 
 
 def _compare_values(facts: dict[str, dict[str, float]]) -> None:
@@ -157,49 +122,49 @@ def ratio(theirs: Answers, ours: Answers) -> dict[str, float]:
     return {"median": median, "min": min(each), "max": max(each)}
 
 
-# --- cases --------------------------------------------------------------------------------------
+# --- what is measured ---------------------------------------------------------------------------
 
 
-def make_case_a(design: Design, folder: Path, python: str, *, quick: bool) -> Case:
-    """Make set A and its store, and list its readers."""
-    file, store = make_h5ad(design, folder), folder / f"{design.name}-{design.num_cells}.store"
-    made = ingest(store, h5ad_settings(file))
-    batch, few, some, many = (8, 8, 32, 64) if quick else (16, 16, 96, 320)
+def cell_load_readers(case: str, python: str, file: Path, *, quick: bool) -> list[Reader]:
+    """Start the readers of cell-load for a set."""
+    batch = _sets_per_batch(case, quick=quick)
+    ways = [(f"{case} cell-load tuned", file, TUNED)]
+    if case == "A" or not quick:
+        ways.append((f"{case} cell-load default", file, {}))
+        ways.append((f"{case} cell-load consecutive", file, {}))
+    if case == "A" and not quick:
+        dense = make_dense_h5ad(file)
+        ways.append((f"{case} cell-load default, dense X", dense, {}))
+        ways.append((f"{case} cell-load consecutive, dense X", dense, {}))
+    readers = []
+    for name, path, environment in ways:
+        mode = "consecutive" if "consecutive" in name else "scattered"
+        command = [python, str(HERE / "cell_load_reader.py"), str(path), mode, str(batch)]
+        # fewer of those that take a millisecond per cell
+        num_sets = batch if mode == "scattered" else batch * (6 if case == "A" else 2)
+        readers.append(Reader(name, Worker(command, environment), [path], num_sets))
+    return readers
+
+
+def store_readers(case: str, store: Path, *, quick: bool) -> list[Reader]:
+    """Start the readers of the store of a set; the first is what ratios are taken of."""
+    batch = _sets_per_batch(case, quick=quick)
     ways = {"dense": ("dense", 1)}
     if not quick:
         ways |= {"dense, 2 threads": ("dense", 2), "compact": ("compact", 1)}
         ways |= {"chunks only": ("chunks", 1)}
-    readers = store_readers("A", store, ways, batch, many)
-    readers += [
-        cell_load_reader("A cell-load default", python, file, batch, few),
-        cell_load_reader("A cell-load tuned", python, file, batch, few, tuned=True),
-        cell_load_reader("A cell-load consecutive", python, file, batch, some),
-    ]
-    if not quick:
-        dense = make_dense_h5ad(file)
-        readers += [
-            cell_load_reader("A cell-load default, dense X", python, dense, batch, few),
-            cell_load_reader("A cell-load consecutive, dense X", python, dense, batch, some),
-        ]
-    return Case("A", readers, made)
+    files = [path for path in store.rglob("*") if path.is_file()]
+    readers = []
+    for name, (mode, threads) in ways.items():
+        command = [sys.executable, str(HERE / "store_reader.py"), str(store), mode, str(threads)]
+        worker = Worker([*command, str(batch)], {})
+        readers.append(Reader(f"{case} scale {name}", worker, files, batch * 20))
+    return readers
 
 
-def make_case_b(design: Design, folder: Path, python: str, *, quick: bool) -> Case:
-    """Make set B and its store, and list its readers."""
-    file, store = make_h5ad(design, folder), folder / f"{design.name}-{design.num_cells}.store"
-    made = ingest(store, h5ad_settings(file))
-    batch, few, many = (2, 2, 8) if quick else (4, 4, 40)
-    ways = {"dense": ("dense", 1)}
-    if not quick:
-        ways |= {"dense, 2 threads": ("dense", 2), "compact": ("compact", 1)}
-    readers = store_readers("B", store, ways, batch, many)
-    readers += [cell_load_reader("B cell-load tuned", python, file, batch, few, tuned=True)]
-    if not quick:
-        readers += [
-            cell_load_reader("B cell-load default", python, file, batch, few),
-            cell_load_reader("B cell-load consecutive", python, file, batch, few * 2),
-        ]
-    return Case("B", readers, made)
+def _sets_per_batch(case: str, *, quick: bool) -> int:
+    """Return how many sets make a batch: 512 cells of all genes are 128 MB."""
+    return (4 if quick else 16) if case == "A" else (2 if quick else 4)
 
 
 def measure_ingest(folder: Path, *, quick: bool) -> dict[str, Ingest]:
@@ -248,27 +213,27 @@ def row(name: str, warm: Answers, cold: Answers) -> dict[str, float]:
 
 
 def report_case(
-    case: Case, answers: dict[str, tuple[Answers, Answers]], figures: dict[str, Any]
+    case: str, made: Ingest, answers: dict[str, tuple[Answers, Answers]], figures: dict[str, Any]
 ) -> None:
     """Print and keep the figures of a set."""
-    letter = case.name.lower()
-    size = case.store.bytes_per_cell
-    print(f"\nset {case.name}: {case.store.cells:,} cells, {size:,.1f} bytes/cell")
+    letter, size = case.lower(), made.bytes_per_cell
+    print(f"\nset {case}: {made.cells:,} cells, {size:,.1f} bytes/cell")
     print(
         f"{'':33}{'us CPU':>9}{'min-max':>18}{'cells/CPU s':>12}{'cells/s':>12}{'peak MiB':>9}"
         f"{'cold cells/s':>13}"
     )
     figures[f"bytes_per_cell_{letter}"] = size
-    figures[f"prepare_h5ad_cpu_us_per_cell_{letter}"] = case.store.us_per_cell
+    figures[f"prepare_h5ad_cpu_us_per_cell_{letter}"] = made.us_per_cell
     figures["readers"] |= {name: row(name, *found) for name, found in answers.items()}
-    ours = answers[case.readers[0].name][0]
+    first = f"{case} scale dense"
+    ours = answers[first][0]
     figures[f"cpu_us_per_cell_dense_{letter}"] = statistics.median(per_cell(ours))
     for name, (warm, _) in answers.items():
         if "cell-load" in name:
             found = ratio(warm, ours)
             figures["ratios"][name] = found
             print(
-                f"{name} / {case.readers[0].name}: {found['median']:.1f} "
+                f"{name} / {first}: {found['median']:.1f} "
                 f"({found['min']:.1f}-{found['max']:.1f} over rounds)"
             )
 
@@ -312,12 +277,18 @@ def main() -> None:
 
     figures: dict[str, Any] = {"quick": quick, "rounds": rounds, "machine": describe_machine()}
     figures |= {"cell_load_version": "0.10.4", "readers": {}, "ratios": {}}
-    a, b = (SET_A.sized(30_000, 32), SET_B.sized(12_000, 10)) if quick else (SET_A, SET_B)
     print(f"{rounds} rounds after the first, medians; {figures['machine']['cpu']}")
-    for make, design in ((make_case_a, a), (make_case_b, b)):
-        case = make(design, folder, python, quick=quick)
-        answers = measure(case, rounds, 0 if quick else 3)
-        report_case(case, answers, figures)
+    designs = (SET_A.sized(30_000, 32), SET_B.sized(12_000, 10)) if quick else (SET_A, SET_B)
+    files = {design.name: make_h5ad(design, folder) for design in designs}
+    theirs = {c: cell_load_readers(c, python, file, quick=quick) for c, file in files.items()}
+    if not quick:  # else their imports go on beside the first stores
+        for reader in sum(theirs.values(), []):
+            reader.worker.wait_until_ready()
+    for case, file in files.items():
+        store = file.with_suffix(".store")
+        made = ingest(store, h5ad_settings(file))
+        readers = store_readers(case, store, quick=quick) + theirs[case]
+        report_case(case, made, measure(readers, rounds, 0 if quick else 3), figures)
     report_ingest(measure_ingest(folder, quick=quick), figures)
     for key, name in RATIOS.items():
         if name in figures["ratios"]:  # --quick has not all of them

@@ -86,6 +86,7 @@ class Worker:
             text=True,
             env={**os.environ, **one, **environment},
         )
+        self._is_ready = False
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -96,7 +97,9 @@ class Worker:
 
     def wait_until_ready(self) -> None:
         """Wait for the imports."""
-        self._answer()
+        if not self._is_ready:
+            self._answer()
+            self._is_ready = True
 
     def ask(self, num_sets: int) -> dict[str, float]:
         """Return cells, wall and CPU seconds of so many sets; 0 = the facts."""

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cell_set_store import NUM_GENES, write_store
-from prepared_store import cells_of, make, make_h5ad
+from prepared_store import cells_of, make, make_h5ad, settings
 
 from scale.config import (
     ConditionBy,
@@ -139,3 +139,10 @@ def test_the_command_takes_the_totals_of_the_store(folder, tmp_path):
     prepare(compose("prepare", overrides, run_dir=tmp_path / "run"))
     with CellSetStore.open(tmp_path / "again") as again, CellSetStore.open(folder / "a") as store:
         assert cells_of(again) == cells_of(store)
+
+
+def test_totals_are_never_those_of_the_stored_genes_by_accident(folder, tmp_path):
+    config = settings(tmp_path / "again", SourceFormat.store, [folder / "a"])
+    config.columns.library = None
+    with pytest.raises(SourceError, match=r"totals over all genes.*columns\.library=library"):
+        prepare(config)

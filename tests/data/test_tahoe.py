@@ -719,6 +719,7 @@ def test_every_format_has_a_source(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.parquet").touch()
     config = settings(tmp_path)
+    config.columns.library = "library"
     kinds = {}
     for kind in SourceFormat:
         config.source.format = kind
