@@ -159,3 +159,18 @@ class Profile(Enum):
 
     strict = "strict"
     cell_eval = "cell_eval"
+    paper_pooled = "paper_pooled"
+
+
+class ControlSplit(Enum):
+    """Whether predicted and observed changes share control cells."""
+
+    disjoint = "disjoint"
+    shared = "shared"
+
+
+class Missing(Enum):
+    """What to do with conditions that only one of two files has."""
+
+    error = "error"
+    drop = "drop"

@@ -20,12 +20,14 @@ from scale.config.checks import (
 )
 from scale.config.choices import (
     Backend,
+    ControlSplit,
     Device,
     GeneChoice,
     GeneFlavor,
     Head,
     HeldoutControls,
     MatchBatch,
+    Missing,
     Pairing,
     Precision,
     Profile,
@@ -364,9 +366,29 @@ class ProtocolConfig:
     """Control cells per context used by the gene test and the distances."""
     min_cells: int = 8
     """Conditions with fewer observed cells are left out and listed."""
+    min_significant: int = 10
+    """Significant genes that a condition needs for the metrics of genes (``strict``)."""
+    control_split: ControlSplit = ControlSplit.disjoint
+    """``shared`` for predictions that do not say which controls they started from (``strict``)."""
+    missing: Missing = Missing.error
+    """What to do with conditions that a prediction does not have."""
+    match_cells: bool = False
+    """Draw as many cells of the larger side as the smaller one has."""
+    normalize: float | None = None
+    """Both files hold counts: normalise them to this total and take log1p; null = they hold it."""
+    cache: str | None = None
+    """Folder where tests of the observed cells are kept for the next evaluation; null = none."""
+    export_de: bool = False
+    """Write the gene tests of the observed cells as cell-eval's tables."""
 
     def __post_init__(self) -> None:
         require_positive("protocol.num_splits", self.num_splits)
+        require(
+            self.min_significant >= 0,
+            f"protocol.min_significant ({self.min_significant}) must not be negative",
+        )
+        if self.normalize is not None:
+            require_positive("protocol.normalize", self.normalize)
         require(
             self.max_control_cells >= 10,
             f"protocol.max_control_cells ({self.max_control_cells}) must be at least 10",
