@@ -138,10 +138,13 @@ def cell_load_readers(case: str, python: str, file: Path, *, quick: bool) -> lis
         ways.append((f"{case} cell-load consecutive, dense X", dense, {}))
     readers = []
     for name, path, environment in ways:
-        mode = "consecutive" if "consecutive" in name else "scattered"
-        command = [python, str(HERE / "cell_load_reader.py"), str(path), mode, str(batch)]
-        # fewer of those that take a millisecond per cell
-        num_sets = batch if mode == "scattered" else batch * (6 if case == "A" else 2)
+        command = [python, str(HERE / "cell_load_reader.py"), str(path)]
+        if "consecutive" in name:
+            command += ["consecutive", str(batch)]
+            num_sets = batch * (6 if case == "A" else 2)
+        else:  # a millisecond per cell, whatever the batch
+            num_sets = 1 if quick else batch
+            command += ["scattered", str(num_sets)]
         readers.append(Reader(name, Worker(command, environment), [path], num_sets))
     return readers
 
