@@ -17,7 +17,7 @@ from scale.types import Condition, Perturbation
 torch.set_num_threads(1)
 
 # Run by the Python of another environment, which has cell-eval.
-collect_ignore = ["evaluate/run_cell_eval.py"]
+collect_ignore_glob = ["*/run_*.py"]
 
 
 def pytest_collection_modifyitems(items):
