@@ -28,6 +28,9 @@ from scale.runtime import versions
 if TYPE_CHECKING:
     from anndata import AnnData
 
+POOLED = "pooled over contexts"
+"""Context and unit of everything that was pooled: tables that are saved or shown say so."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
@@ -53,6 +56,13 @@ class Evaluation:
         Method -> spread_ratio, within_variance_ratio, verdict.
     meta
         Profile, control rule, hashes, versions, counts, warnings.
+    pooled
+        In the profile ``paper_pooled`` the same predictions with all contexts as one; else None.
+        An evaluation of its own: its only context and unit is called ``pooled over contexts``
+        (:data:`POOLED`), which is also ``meta["contexts"]``; it has no intervals, no residual
+        metrics and no ``pooled``. Its ``scores`` and ``aggregate`` have a further column
+        ``control_copy``: what control cells in the contexts of the observed cells get in that row.
+        The evaluation that holds it is that of each context alone, with the rules of ``cell_eval``.
     """
 
     scores: pd.DataFrame
@@ -63,6 +73,7 @@ class Evaluation:
     excluded: pd.DataFrame
     collapse: dict[str, dict[str, Any]]
     meta: dict[str, Any]
+    pooled: Evaluation | None = None
 
 
 def split_controls(
