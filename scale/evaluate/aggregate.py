@@ -8,6 +8,7 @@ an interval over them would cover far less than it says.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ import pandas as pd
 from scale.evaluate.metrics import METRICS
 from scale.evaluate.scoring import DATA, PREDICTION, Scores
 from scale.evaluate.sides import Side
-from scale.evaluate.statistics import Floats, t_interval
+from scale.evaluate.statistics import Floats, Interval, Signs, count_signs, t_interval
 
 Key = tuple[str, str, str]
 Means = dict[tuple[str, str], float]
@@ -24,6 +25,8 @@ CEILING = "replicate"
 """Method name of the split-half ceiling."""
 CELLS, MEAN = "cells", "mean"
 """The two forms of a prediction: dispersed cells, or a mean alone."""
+CONDITION = ["unit", "context", "perturbation"]
+"""Columns that name a condition in the long table."""
 
 
 class ScoreTable:
@@ -190,6 +193,64 @@ def aggregate(scores: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
             }
         )
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """How much better one method is than another on one metric; positive = better.
+
+    Parameters
+    ----------
+    by_unit, conditions_by_unit
+        Gain of each unit, and the conditions paired there.
+    interval, signs
+        Over units.
+    """
+
+    by_unit: dict[str, float]
+    conditions_by_unit: dict[str, int]
+    interval: Interval
+    signs: Signs
+
+    @property
+    def num_conditions(self) -> int:
+        """Conditions that were paired."""
+        return sum(self.conditions_by_unit.values())
+
+
+def condition_values(scores: pd.DataFrame) -> pd.Series:
+    """Return the values of one method, form and metric by (unit, context, perturbation)."""
+    rows = scores[[*CONDITION, "value"]].astype(dict.fromkeys(CONDITION, str))
+    values: pd.Series = rows.groupby(CONDITION, sort=True)["value"].mean()
+    return values
+
+
+def paired_gain(model: pd.Series, rival: pd.Series, *, better: str, units: str = "units") -> Gain:
+    """Return the gain of ``model`` over ``rival``, condition by condition, then over units.
+
+    Differences are averaged in the context, then in the unit; the interval is over units. What a
+    cell line does to both methods alike is no part of the difference.
+
+    Parameters
+    ----------
+    model, rival
+        From :func:`condition_values`; a condition that is undefined in either is left out.
+    better
+        ``higher`` or ``lower``.
+    units
+        What the units are called.
+    """
+    gain = (model - rival).dropna() * (1.0 if better == "higher" else -1.0)
+    units_of = gain.groupby(level="unit")
+    by_context = gain.groupby(level=["unit", "context"]).mean()
+    by_unit = by_context.groupby(level="unit").mean()
+    values = by_unit.to_numpy(np.float64)
+    return Gain(
+        by_unit={str(k): float(v) for k, v in by_unit.items()},
+        conditions_by_unit={str(k): int(v) for k, v in units_of.count().items()},
+        interval=t_interval(values, units=units),
+        signs=count_signs(values),
+    )
 
 
 def full_depth(metric: str, half_depth: float) -> float:

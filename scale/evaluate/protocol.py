@@ -19,6 +19,7 @@ from scale.config import Profile, ProtocolConfig
 from scale.evaluate.aggregate import aggregate
 from scale.evaluate.baselines import BASELINES
 from scale.evaluate.checks import Keys
+from scale.evaluate.collapse import judge
 from scale.evaluate.inputs import floors, halve_controls, table_hash
 from scale.evaluate.run import Run, Tables
 from scale.evaluate.sample import sample_cells
@@ -53,7 +54,7 @@ class Evaluation:
     excluded
         Conditions that were left out, with the reason.
     collapse
-        Method -> spread_ratio, within_variance_ratio, verdict.
+        Method -> spread_ratio, within_variance_ratio, copied_share, verdict.
     meta
         Profile, control rule, hashes, versions, counts, warnings.
     pooled
@@ -162,16 +163,17 @@ def run_protocol(
         if progress is not None:
             progress(f"{name}: {len(run.contexts[name])} perturbations scored")
     scores = run.table.frame()
+    table = add_scaled(aggregate(scores), scores, run.splits, tuple(BASELINES))
     return Evaluation(
         scores=scores,
-        aggregate=add_scaled(aggregate(scores), scores, run.splits, tuple(BASELINES)),
+        aggregate=table,
         deltas=run.deltas,
         fold_changes=run.fold_changes,
         cells=sample_cells(
             run.inputs.observed, run.inputs.predicted, run.contexts, control=control, seed=seed
         ),
         excluded=pd.DataFrame(run.inputs.excluded, columns=["context", "perturbation", "reason"]),
-        collapse={method: c.result() for method, c in run.collapse.items()},
+        collapse=judge(run.collapse, table),
         meta=_meta(run),
     )
 
@@ -195,6 +197,9 @@ def _meta(run: Run) -> dict[str, Any]:
         "methods": list(inputs.predicted),
         "genes_sha256": sha256("\n".join(inputs.observed.genes).encode()).hexdigest(),
         "observed_sha256": table_hash(inputs.observed),
+        "control_folds_sha256": None
+        if inputs.fold is None
+        else sha256(inputs.fold.tobytes()).hexdigest(),
         "predicted_sha256": {m: table_hash(t) for m, t in inputs.predicted.items()},
         "train_sha256": None if inputs.train is None else table_hash(inputs.train),
         "versions": versions(),

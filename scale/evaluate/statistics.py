@@ -9,17 +9,20 @@ apart from the metrics because it is the one door of ``evaluate`` to numba.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 from scipy.special import erfc
+from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
 Floats = npt.NDArray[np.float64]
 Floats32 = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
+Outcome = Literal["better", "worse", "open"]
 
 SIGNIFICANT = 0.05
 """False discovery rate below which a gene counts as changed."""
@@ -73,6 +76,26 @@ class Interval:
     high: float
     num_units: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """How many units a gain is positive in, and what that count is worth by itself.
+
+    Parameters
+    ----------
+    num_better, num_units
+        Units with a positive gain, of those with any.
+    p
+        Two-sided sign test; gains of exactly 0 are left out.
+    best_p
+        The least p that so many units can give: 0.0625 with five.
+    """
+
+    num_better: int
+    num_units: int
+    p: float
+    best_p: float
 
 
 @numba.njit(cache=True, nogil=True)
@@ -229,8 +252,12 @@ def gene_tests(control: SortedControl, conditions: list[sp.csr_matrix]) -> GeneT
     return GeneTests(p_PG, fdr_PG, lfc_PG)
 
 
-def t_interval(values: Floats, *, confidence: float = 0.95) -> Interval:
+def t_interval(values: Floats, *, confidence: float = 0.95, units: str = "units") -> Interval:
     """Return the mean of unit means and its t-interval with (units - 1) degrees of freedom.
+
+    Below three units there is no interval, and the reason says so. Resampling conditions would
+    give one always, but in simulation it covers 28 % in place of 95 %: conditions of one cell line
+    share what is particular to that line.
 
     Parameters
     ----------
@@ -238,17 +265,42 @@ def t_interval(values: Floats, *, confidence: float = 0.95) -> Interval:
         One number per independent unit; NaN is left out.
     confidence
         Coverage.
+    units
+        What the units are called, for the reason.
 
     Examples
     --------
-    >>> t_interval(np.array([1.0, 2.0])).reason
-    '2 units; an interval needs 3'
+    >>> t_interval(np.array([1.0, 2.0]), units="cell lines").reason
+    'fewer than 3 cell lines (2): no interval'
     """
     values = values[np.isfinite(values)]
     count = int(values.size)
     mean = float(values.mean()) if count else float("nan")
     if count < MINIMUM_UNITS:
-        reason = f"{count} unit{'' if count == 1 else 's'}; an interval needs {MINIMUM_UNITS}"
+        reason = f"fewer than {MINIMUM_UNITS} {units} ({count}): no interval"
         return Interval(mean, float("nan"), float("nan"), count, reason)
     half = float(student_t.ppf(0.5 + confidence / 2, count - 1) * values.std(ddof=1) / count**0.5)
     return Interval(mean, mean - half, mean + half, count, "")
+
+
+def outcome_of(low: float, high: float) -> Outcome:
+    """Return what the interval of a gain allows to say: better or worse only if it leaves out 0."""
+    if np.isfinite(low) and low > 0:
+        return "better"
+    if np.isfinite(high) and high < 0:
+        return "worse"
+    return "open"
+
+
+def count_signs(gains: Floats) -> Signs:
+    """Return in how many units a gain is positive, with the sign test.
+
+    Examples
+    --------
+    >>> count_signs(np.array([0.1, 0.2, 0.1, 0.3, 0.2]))
+    Signs(num_better=5, num_units=5, p=0.0625, best_p=0.0625)
+    """
+    gains = gains[np.isfinite(gains)]
+    positive, not_zero = int((gains > 0).sum()), int((gains != 0).sum())
+    p = float(binomtest(positive, not_zero).pvalue) if not_zero else 1.0
+    return Signs(positive, int(gains.size), p, min(1.0, 2.0 * 0.5 ** int(gains.size)))

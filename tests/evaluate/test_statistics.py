@@ -115,5 +115,5 @@ def test_few_units_have_no_interval():
     interval = t_interval(np.array([0.2, np.nan, 0.4]))
     assert interval.mean == pytest.approx(0.3)
     assert np.isnan([interval.low, interval.high]).all()
-    assert interval.reason == "2 units; an interval needs 3"
-    assert t_interval(np.array([1.0])).reason.startswith("1 unit;")
+    assert interval.reason == "fewer than 3 units (2): no interval"
+    assert t_interval(np.array([1.0])).reason == "fewer than 3 units (1): no interval"
