@@ -7,7 +7,7 @@ an interval over them would cover far less than it says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,10 +172,10 @@ def aggregate(scores: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
             .sum(),
         }
     ).to_dict("index")
-    rows = []
+    rows, units = [], unit_word(scores)
     for key, means in context_means(scores).items():
         method, form, metric = key
-        interval = t_interval(unit_means(means), confidence=confidence)
+        interval = t_interval(unit_means(means), confidence=confidence, units=units)
         full = over_units({k: full_depth(metric, v) for k, v in means.items()})
         rows.append(
             {
@@ -193,6 +193,49 @@ def aggregate(scores: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
             }
         )
     return pd.DataFrame(rows)
+
+
+def unit_word(scores: pd.DataFrame) -> str:
+    """Return what an independent unit is called: a context, unless a unit holds several."""
+    one_each = scores.groupby("unit", observed=True)["context"].nunique().max() == 1
+    return "contexts" if one_each else "independent units"
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The baseline that a metric is hardest to beat with; ``covers_all``: every condition."""
+
+    method: str
+    form: str
+    mean: float
+    covers_all: bool
+
+
+def best_baseline(table: pd.DataFrame, metric: str, baselines: Collection[str]) -> Baseline | None:
+    """Return the best baseline on a metric, in its better form; None if none has a value.
+
+    Only baselines that cover every scored condition compete, where there are any; else those that
+    cover most. A mean over other conditions is no rival.
+
+    Parameters
+    ----------
+    table
+        From :func:`aggregate`.
+    metric
+        Name.
+    baselines
+        Names of baseline methods.
+    """
+    rows = table[(table["metric"] == metric) & table["mean"].notna()]
+    rivals = rows[rows["method"].isin(list(baselines))]
+    if rivals.empty:
+        return None
+    most = rivals["num_conditions"].max()
+    rivals = rivals[rivals["num_conditions"] == most].reset_index(drop=True)
+    is_higher = rivals["better"].iloc[0] == "higher"
+    best = rivals.iloc[int(rivals["mean"].argmax() if is_higher else rivals["mean"].argmin())]
+    covers_all = bool(most == rows["num_conditions"].max())
+    return Baseline(str(best["method"]), str(best["form"]), float(best["mean"]), covers_all)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

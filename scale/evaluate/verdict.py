@@ -7,14 +7,27 @@ rest is told as it is: a count of contexts, and that it is open.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from scale.evaluate.statistics import MINIMUM_UNITS, t_interval
+from scale.evaluate.aggregate import (
+    Gain,
+    best_baseline,
+    condition_values,
+    paired_gain,
+    unit_word,
+)
+from scale.evaluate.statistics import (
+    MINIMUM_UNITS,
+    Outcome,
+    count_signs,
+    outcome_of,
+    t_interval,
+)
 from scale.plot.bars import CEILING, better_forms, ceiling_of, number
 
 if TYPE_CHECKING:
@@ -81,15 +94,14 @@ MEANINGS = {
     "mse": "mean squared error of mean expression",
 }
 
-Outcome = Literal["better", "worse", "open"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """A model against the best baseline on one metric.
 
     ``gain`` is positive where the model is better, whichever direction is good; ``low`` and
-    ``high`` are its t interval over independent units, NaN with fewer than three.
+    ``high`` are its t interval over independent units, NaN with fewer than three. ``gains`` has it
+    unit by unit; ``num_conditions`` of the model's ``num_scored`` conditions could be paired.
     """
 
     model: str
@@ -109,15 +121,14 @@ class Comparison:
     num_units_better: int
     num_conditions: int
     unit_word: str = "contexts"
+    num_scored: int = 0
+    gains: Gain | None = None
+    form: str = ""
 
     @property
     def outcome(self) -> Outcome:
         """Better or worse only where the interval leaves out zero."""
-        if np.isfinite(self.low) and self.low > 0:
-            return "better"
-        if np.isfinite(self.high) and self.high < 0:
-            return "worse"
-        return "open"
+        return outcome_of(self.low, self.high)
 
 
 def label_of(metric: str) -> str:
@@ -145,77 +156,49 @@ def form_of(aggregate: pd.DataFrame, method: str, metric: str) -> str | None:
     return str(rows["form"].to_dict()[method]) if method in rows.index else None
 
 
-def unit_gains(
-    scores: pd.DataFrame,
-    metric: str,
-    model: tuple[str, str],
-    rival: tuple[str, str],
-    *,
-    better: str,
-) -> tuple[pd.Series, int]:
-    """Return the paired gain of ``model`` over ``rival`` per unit, and the conditions paired.
-
-    Differences are taken condition by condition, averaged in the context, then in the unit.
-    """
-    sides = []
-    for method, form in (model, rival):
-        rows = scores[
-            (scores["metric"] == metric) & (scores["method"] == method) & (scores["form"] == form)
-        ]
-        keys = ["unit", "context", "perturbation"]
-        sides.append(rows.assign(unit=rows["unit"].astype(str)).groupby(keys)["value"].mean())
-    gain = (sides[0] - sides[1]).dropna() * (1.0 if better == "higher" else -1.0)
-    by_context = gain.groupby(level=["unit", "context"]).mean()
-    return by_context.groupby(level="unit").mean(), len(gain)
-
-
-def unit_word(scores: pd.DataFrame) -> str:
-    """Return what an independent unit is called: a context, unless a unit holds several."""
-    one_each = scores.groupby("unit", observed=True)["context"].nunique().max() == 1
-    return "contexts" if one_each else "independent units"
-
-
 def compare(
-    evaluation: Evaluation, model: str, metric: str, baselines: Iterable[str]
+    evaluation: Evaluation, model: str, metric: str, baselines: Collection[str]
 ) -> Comparison | None:
     """Return the comparison of a model with the best baseline on one metric, None if undefined."""
-    rows = better_forms(evaluation.aggregate, metric)
+    scores = evaluation.scores[evaluation.scores["metric"] == metric]
+    table = evaluation.aggregate[evaluation.aggregate["metric"] == metric]
+    rows = better_forms(table, metric)
     if model not in rows.index:
         return None
-    means, forms = rows["mean"].to_dict(), rows["form"].to_dict()
     better = str(rows["better"].iloc[0])
-    sign = 1.0 if better == "higher" else -1.0
-    rivals = [name for name in baselines if name in means]
-    best = max(rivals, key=lambda name: sign * means[name]) if rivals else None
-    gains, num_conditions = pd.Series(dtype=np.float64), 0
+    units = unit_word(scores)
+    form, scored = str(rows["form"].to_dict()[model]), int(rows["num_conditions"].to_dict()[model])
+    best = best_baseline(table, metric, baselines)
+    gain = None
     if best is not None:
-        gains, num_conditions = unit_gains(
-            evaluation.scores,
-            metric,
-            (model, str(forms[model])),
-            (best, str(forms[best])),
-            better=better,
+        own, rival = (
+            condition_values(scores[(scores["method"] == m) & (scores["form"] == f)])
+            for m, f in ((model, form), (best.method, best.form))
         )
-    values = gains.to_numpy(np.float64)
-    interval = t_interval(values)
+        gain = paired_gain(own, rival, better=better, units=units)
+    interval = t_interval(np.array([])) if gain is None else gain.interval
+    means = rows["mean"].to_dict()
     return Comparison(
         model=model,
         metric=metric,
         is_claim=is_claim(metric),
         value=float(means[model]),
         better=better,
-        baseline=best,
-        baseline_form="" if best is None else str(forms[best]),
-        baseline_value=float("nan") if best is None else float(means[best]),
+        baseline=None if best is None else best.method,
+        baseline_form="" if best is None else best.form,
+        baseline_value=float("nan") if best is None else best.mean,
         ceiling=float(means.get(CEILING, float("nan"))),
         full_ceiling=ceiling_of(rows),
         gain=interval.mean,
         low=interval.low,
         high=interval.high,
-        num_units=int(values.size),
-        num_units_better=int((values > 0).sum()),
-        num_conditions=num_conditions,
-        unit_word=unit_word(evaluation.scores),
+        num_units=interval.num_units,
+        num_units_better=0 if gain is None else gain.signs.num_better,
+        num_conditions=0 if gain is None else gain.num_conditions,
+        unit_word=units,
+        num_scored=scored,
+        gains=gain,
+        form=form,
     )
 
 
@@ -238,9 +221,19 @@ def sentence(comparison: Comparison) -> str:
             side = "ahead of" if c.gain > 0 else "behind"
             head = f"{side} the best baseline ({rival}): better in {units}"
         text = f"{number(c.value)}, {head}, paired gain {gain}{interval}."
+        if c.num_conditions < c.num_scored:
+            text += f" The baseline covers {c.num_conditions} of {c.num_scored} conditions."
         if c.num_units < MINIMUM_UNITS:
-            text += f" {MINIMUM_UNITS} {c.unit_word} are needed for an interval."
+            text += f" Fewer than {MINIMUM_UNITS} {c.unit_word}: no interval{_by_unit(c)}."
     return f"{text} {_ceiling(c)}".rstrip()
+
+
+def _by_unit(c: Comparison) -> str:
+    """Return the gains one by one, where they are all that can be said."""
+    if c.gains is None or not c.gains.by_unit:
+        return ""
+    each = ", ".join(f"{unit} {_signed(gain)}" for unit, gain in c.gains.by_unit.items())
+    return f"; gain by {c.unit_word.removesuffix('s')}: {each}"
 
 
 def _ceiling(c: Comparison) -> str:
@@ -270,6 +263,7 @@ def short_verdict(comparison: Comparison) -> str:
 
 
 _COLLAPSES = ("COLLAPSED", "CONTROL COPY")
+_SIGN_LEVEL = 0.05
 
 
 def overall(model: str, comparisons: Sequence[Comparison], collapse: str = "") -> str:
@@ -312,6 +306,11 @@ def collapse_sentence(model: str, facts: dict[str, object]) -> str:
         value = facts.get(name)
         if isinstance(value, int | float) and np.isfinite(value):
             parts.append(words.format(number(float(value))))
+    if facts.get("no_skill"):
+        parts.append(
+            "intervals of residual_pearson and retrieval_l2 both hold the value of no skill, and "
+            "end below those of a replicate"
+        )
     return f"{model}: {verdict}" + (f"; {'; '.join(parts)}." if parts else ".")
 
 
@@ -321,10 +320,18 @@ def banners(evaluation: Evaluation, baselines: Sequence[str]) -> list[str]:
     num_units = evaluation.scores["unit"].nunique()
     if num_units == 1:
         lines.append(
-            "One independent unit only: the scores say nothing about another cell line or donor."
+            f"One independent unit only, fewer than {MINIMUM_UNITS}: no interval. The scores say "
+            "nothing about another cell line or donor."
         )
     elif num_units < MINIMUM_UNITS:
-        lines.append(f"{num_units} independent units only: no intervals can be given.")
+        lines.append(
+            f"{num_units} independent units only, fewer than {MINIMUM_UNITS}: no intervals."
+        )
+    elif (best_p := count_signs(np.ones(num_units)).best_p) > _SIGN_LEVEL:
+        lines.append(
+            f"A count of units proves little here: {num_units} of {num_units} is "
+            f"p = {best_p:.4g} two-sided at best."
+        )
     if not baselines:
         lines.append("No baseline was scored (no training cells were given): no claim is possible.")
     if CEILING not in set(evaluation.scores["method"]):
