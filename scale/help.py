@@ -30,7 +30,7 @@ class TaskHelp:
 
 _TRAINING = (
     Setting("data.store", "data/toy", "directory or address (https://...) of the store"),
-    Setting("data.split", "null", "TOML file that says what is held out; null = nothing"),
+    Setting("data.split", "null", "what is held out: TOML file, or a name as tahoe100m_fewshot"),
     Setting("trainer", "cpu", "cpu or gpu: steps, sets per step, precision, device"),
     Setting("trainer.max_steps", "500", "optimizer steps; a higher number continues a run"),
     Setting("trainer.sets_per_batch", "12", "cell sets per optimizer step, over all ranks"),
@@ -172,14 +172,20 @@ TASKS: dict[str, TaskHelp] = {
     "info": TaskHelp(
         "versions and devices; size of a model; what a store or a run holds",
         "Says what is installed, where it would compute and why. With model=, counts the "
-        "parameters of a preset; with store= or run=, describes one. Writes nothing.",
+        "parameters of a preset; with store=, run= or split=, describes one; with store= and "
+        "split=, compares them. Writes nothing.",
         (
             Setting("model", "null", "preset to count: tiny, small, base, large, xl"),
             Setting("num_genes", "2000", "genes the preset is counted with"),
             Setting("store", "null", "directory of a store"),
+            Setting("split", "null", "TOML file or name of a split that ships"),
             Setting("run", "null", "directory of a run"),
         ),
-        ("scale info", "scale info model=base store=data/toy"),
+        (
+            "scale info",
+            "scale info model=base store=data/toy",
+            "scale info store=data/tahoe split=tahoe100m_fewshot",
+        ),
         "nothing but what it prints",
     ),
 }

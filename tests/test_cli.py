@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from scale.cli import guard, main
 from scale.config import SCHEMAS, compose
+from scale.data.store import CellSetStore
 from scale.help import TASKS, overview, task_help
 from scale.overrides import check_keys
 from scale.runtime import EXIT_AGAIN, World, package_version, start_logging
@@ -246,6 +248,39 @@ def test_info_tells_versions_a_preset_a_store_and_a_run(capsys, toy_store_path):
         assert f"  {text}" in out
 
 
+def test_info_tells_what_a_split_holds_out(capsys):
+    status, out, _ = command("info split=parse_pbmc_fewshot", capsys)
+    assert status == 0
+    assert "contexts are          values of batch" in out
+    assert "Donor12               4 labels are val, 62 are test" in out
+
+
+def test_info_compares_a_split_with_a_store(capsys, toy_store_path, tmp_path):
+    split = tmp_path / "split.toml"
+    split.write_text(
+        '[datasets]\na = "."\n[training]\na = "train"\n'
+        """[fewshot."a.K562"]\nval = ["[('drugC', 0.5, 'uM')]"]\n"""
+        """test = ["[('drugD', 0.05, 'uM')]", "drugX"]\n"""
+        """[fewshot."a.K652"]\ntest = ["[('drugD', 0.05, 'uM')]"]\n"""
+    )
+    status, out, err = command(f"info store={toy_store_path} split={split}", capsys)
+    assert (status, err) == (0, "")
+    with CellSetStore.open(toy_store_path) as store:
+        table, perturbations = store.conditions, store.perturbations
+    names = np.array([perturbations[n].components[0].name for n in table["perturbation"]])
+    for part, name in (("val", "drugC"), ("test", "drugD")):
+        here = (table["cell_type"] == "K562").to_numpy() & (names == name)
+        cells = table["num_cells"].to_numpy()[here].sum()
+        assert f"  {part:<20}  {cells:,} cells of {here.sum()} treated conditions in 1 " in out
+    assert "not in the data       2 names of the split" in out
+    assert "cell_type 'K652' (did you mean 'K562'?)" in out
+    assert "'drugX' in test of 'K562'" in out
+    split.write_text(split.read_text().replace("drugC', 0.5", "drugD', 0.05"))
+    status, out, err = command(f"info store={toy_store_path} split={split}", capsys)
+    assert status == 1
+    assert "are in val and in test" in err
+
+
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
@@ -293,7 +328,6 @@ def test_expected_errors_become_one_line(error, line, capsys, tmp_path):
 def test_errors_of_the_package_are_expected_and_those_of_libraries_keep_a_traceback(
     capsys, tmp_path, monkeypatch
 ):
-    from scale.data.store import CellSetStore
 
     assert guard(lambda: CellSetStore.open("no/such"), "info", tmp_path / "run") == 1
     assert not (tmp_path / "run").exists()

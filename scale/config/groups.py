@@ -173,7 +173,7 @@ class DataConfig:
     store: str = MISSING
     """Directory of a store, or the address of a remote one (https://..., s3://...)."""
     split: str | None = None
-    """TOML file that says what is held out; null = everything is training data."""
+    """What is held out: TOML file, or one that ships by name; null = all is training data."""
     unknown: Unknown = Unknown.error
     heldout_controls: HeldoutControls = HeldoutControls.shared
     target_sum: float = 10_000.0

@@ -239,6 +239,8 @@ class InfoConfig:
     """Genes that the preset is counted with."""
     store: str | None = None
     """Directory or address of a store to describe."""
+    split: str | None = None
+    """Split to describe, and with ``store`` to compare with it: TOML file, or one that ships."""
     run: str | None = None
     """Run directory to describe."""
 

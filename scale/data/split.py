@@ -3,14 +3,14 @@
 The TOML files of STATE and cell-load are read unchanged, but strictly: names that are not in the
 data, a label in two lists and a context in two tables are errors here, because each of them makes
 a benchmark of something else than its file says. A store knows nothing of splits; one is applied
-to its conditions when a run starts.
+to its conditions when a run starts, or compared with them by ``scale info``.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -30,8 +30,9 @@ from scale.data.split_file import (
     listed,
     read_split_file,
 )
+from scale.data.split_labels import LabelMatcher
 from scale.runtime import atomic_path, derive
-from scale.types import Perturbation, SourceError, SplitError, did_you_mean
+from scale.types import Perturbation, SplitError, did_you_mean
 
 if TYPE_CHECKING:
     from scale.data.store import CellSetStore
@@ -41,6 +42,18 @@ logger = logging.getLogger(__name__)
 UNUSED = "unused"
 _FEW_SHOT = 0x4653
 """Word of the key that orders the perturbations of a context in :func:`write_few_shot`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a split makes of the conditions of a store."""
+
+    part_C: npt.NDArray[np.str_]
+    """Part of every condition: train, val, test or unused."""
+    missing: list[str]
+    """Names of the split that are nowhere in the data, the first ones with the nearest there."""
+    unmeasured: list[str]
+    """Labels that the data has, but not in the context that lists them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +93,13 @@ class Split:
 
     @classmethod
     def read(cls, path: Path | str) -> Split:
-        """Read a split file.
+        """Read a split file, or one that ships by its bare name, as ``tahoe100m_fewshot``.
 
         Raises
         ------
         SplitError
-            If the file cannot be read, has a table, key or value that means nothing, or
-            contradicts itself.
+            If there is no such file, it cannot be read, has a table, key or value that means
+            nothing, or contradicts itself.
         """
         file = read_split_file(path)
         return cls(str(path), file.context, file.is_training, file.zeroshot, file.fewshot)
@@ -116,12 +129,41 @@ class Split:
 
         Parameters
         ----------
+        conditions, perturbations, labels, heldout_controls
+            As of :meth:`compare`.
+        unknown
+            Whether names that are not in the data are an error or a warning.
+
+        Raises
+        ------
+        SplitError
+            As :meth:`compare`, and if names are not in the data, or a part that the file names
+            comes out empty.
+        """
+        found = self.compare(
+            conditions, perturbations, labels=labels, heldout_controls=heldout_controls
+        )
+        self._report(found.missing, unknown)
+        is_treated_C = ~conditions["is_control"].to_numpy(dtype=bool)
+        self._check_parts(found.part_C[is_treated_C], unknown)
+        return found.part_C
+
+    def compare(
+        self,
+        conditions: pd.DataFrame,
+        perturbations: Sequence[Perturbation],
+        *,
+        labels: Sequence[str] | None = None,
+        heldout_controls: HeldoutControls = HeldoutControls.shared,
+    ) -> Comparison:
+        """Return the part of every condition, and what of the split is not in the data.
+
+        Parameters
+        ----------
         conditions
             Table with cell_type, perturbation (number), batch and is_control, as of a store.
         perturbations, labels
             By number: what was done, and the source's text for it (None = the canonical label).
-        unknown
-            Whether names that are not in the data are an error or a warning.
         heldout_controls
             Controls are training data. With ``excluded``, those of zero-shot contexts are not
             used; a few-shot context needs its own for the perturbations that it trains on.
@@ -129,34 +171,38 @@ class Split:
         Raises
         ------
         SplitError
-            If names are not in the data, a condition is in two lists, the control is held out, or
-            a part that the file names comes out empty.
+            If a condition is in two lists, or the control is held out.
         """
         context_C = self._contexts(conditions)
         perturbation_C = conditions["perturbation"].to_numpy(dtype=np.int64)
         is_control_C = conditions["is_control"].to_numpy(dtype=bool)
         part_C = np.full(len(conditions), TRAIN if self.is_training else UNUSED, dtype="<U6")
-        problems = self._unknown_contexts(set(context_C.tolist()))
+        missing = self._unknown_contexts(set(context_C.tolist()))
+        unmeasured: list[str] = []
         for context, part in self.zeroshot.items():
             here_C = context_C == context
             part_C[here_C & ~is_control_C] = part
             is_excluded = heldout_controls is HeldoutControls.excluded
             part_C[here_C & is_control_C] = UNUSED if is_excluded else TRAIN
-        matcher = _Matcher(perturbations, labels, set(perturbation_C.tolist()))
+        matcher = LabelMatcher(perturbations, labels, set(perturbation_C.tolist()))
         controls = set(perturbation_C[is_control_C].tolist())
         for context, lists in self.fewshot.items():
             here_C = context_C == context
             part_C[here_C] = TRAIN
             found = {
-                part: matcher.find(texts, f"{part} of {context!r}", problems)
+                part: matcher.find(texts, f"{part} of {context!r}", missing)
                 for part, texts in ((VAL, lists.val), (TEST, lists.test))
             }
             self._check_lists(context, found, controls, matcher)
+            measured = set(perturbation_C[here_C].tolist())
             for part, numbers in found.items():
                 part_C[here_C & np.isin(perturbation_C, list(numbers)) & ~is_control_C] = part
-        self._report(problems, unknown)
-        self._check_parts(part_C[~is_control_C], unknown)
-        return part_C
+                unmeasured += [
+                    f"{matcher.label(number)!r} in {part} of {context!r}"
+                    for number in sorted(numbers - measured)
+                    if measured
+                ]
+        return Comparison(part_C, missing, unmeasured)
 
     # --- checks ---------------------------------------------------------------------------------
 
@@ -183,7 +229,7 @@ class Split:
         context: str,
         found: Mapping[str, set[int]],
         controls: set[int],
-        matcher: _Matcher,
+        matcher: LabelMatcher,
     ) -> None:
         if both := found[VAL] & found[TEST]:
             names = sorted(matcher.label(number) for number in both)
@@ -217,62 +263,6 @@ class Split:
             if unknown is Unknown.error:
                 raise SplitError(f"{text}; its perturbations were not measured in its contexts")
             logger.warning("%s", text)
-
-
-class _Matcher:
-    """Finds the perturbations of a store that a label of a split file stands for."""
-
-    def __init__(
-        self,
-        perturbations: Sequence[Perturbation],
-        labels: Sequence[str] | None,
-        numbers: set[int],
-    ) -> None:
-        self._labels = {
-            n: (perturbations[n].label if labels is None else labels[n]).strip() for n in numbers
-        }
-        self._by_text: dict[str, set[int]] = {}
-        for n in sorted(numbers):
-            for text in _spellings(perturbations[n], self._labels[n]):
-                self._by_text.setdefault(text, set()).add(n)
-
-    def label(self, number: int) -> str:
-        return self._labels[number]
-
-    def find(self, texts: Iterable[str], where: str, problems: list[str]) -> set[int]:
-        """Return the perturbations behind the labels; unknown ones are added to ``problems``."""
-        found: set[int] = set()
-        for text in texts:
-            numbers = next((self._by_text[t] for t in _forms(text) if t in self._by_text), None)
-            if numbers is None:
-                hint = did_you_mean(text.strip(), sorted(self._by_text))
-                problems.append(f"{text!r} in {where} ({hint})")
-            else:
-                found |= numbers
-        return found
-
-
-def _spellings(perturbation: Perturbation, label: str) -> set[str]:
-    """Return the texts that stand for a perturbation: its label, and its canonical forms."""
-    texts = {label, perturbation.label}
-    if all(c.dose is not None and c.unit is None for c in perturbation.components):
-        # A dose column without a unit cannot contradict the unit of a split file.
-        texts.add(_without_units(perturbation))
-    return texts
-
-
-def _forms(text: str) -> list[str]:
-    """Return how a label of a split file may be known: as it stands, canonical, without units."""
-    forms = [text.strip(), canonical_label(text)]
-    try:
-        parsed = Perturbation.parse(text)
-    except SourceError:
-        return forms
-    return [*forms, _without_units(parsed)] if parsed.components[0].dose is not None else forms
-
-
-def _without_units(perturbation: Perturbation) -> str:
-    return repr([(c.name, c.dose) for c in perturbation.components])
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -338,7 +328,8 @@ def write_few_shot(
                 f"{context!r} has {len(ordered)} perturbations; train_fraction "
                 f"({train_fraction}) and val_fraction ({val_fraction}) leave none for test"
             )
-        lines += ["", f"[fewshot.{json.dumps(f'{dataset}.{context}', ensure_ascii=False)}]"]
+        key = json.dumps(f"{dataset}.{context}", ensure_ascii=False)
+        lines += ["", f"[fewshot.{key}]"]
         for part, chosen in parts.items():
             labels = sorted(label for names in chosen for label in agents[names])
             texts = "".join(f"  {json.dumps(text, ensure_ascii=False)},\n" for text in labels)

@@ -1,7 +1,8 @@
-"""Split files: the TOML of STATE and cell-load, read strictly.
+"""Split files: the TOML of STATE and cell-load, found by path or by name, and read strictly.
 
 Whatever contradicts itself, or means nothing, is an error with the place named: such a file makes
-a benchmark of something else than it says.
+a benchmark of something else than it says. The splits of published benchmarks ship with the
+package, in ``configs/splits``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scale.config import config_dir
 from scale.types import Perturbation, SourceError, SplitError, did_you_mean
 
 TRAIN, VAL, TEST = "train", "val", "test"
@@ -37,17 +39,52 @@ class SplitFile:
     fewshot: Mapping[str, FewShot]
 
 
-def read_split_file(path: Path | str) -> SplitFile:
-    """Return what a split file says.
+def find_split_file(split: Path | str) -> Path:
+    """Return the file that a setting means: a bare name is a split that ships, all else a path.
+
+    A bare name has neither a folder nor an ending: ``tahoe100m_fewshot`` ships with the package,
+    ``tahoe100m_fewshot.toml`` and ``./tahoe100m_fewshot`` are files of the user.
 
     Raises
     ------
     SplitError
-        If the file cannot be read, has a table, key or value that means nothing, or contradicts
-        itself.
+        If no split of that name ships, or there is no such file.
     """
+    text, path = str(split), Path(split)
+    folder = config_dir() / "splits"
+    if text == path.stem:
+        path = folder / f"{text}.toml"
+        if not path.is_file():
+            known = sorted(file.stem for file in folder.glob("*.toml"))
+            raise SplitError(
+                f"no split {text!r} ships in {folder}: {did_you_mean(text, known)} "
+                f"For a file of your own give its path, {text}.toml or ./{text}"
+            )
+    elif not path.is_file():
+        raise SplitError(
+            f"split {text} cannot be read: there is no such file in {path.absolute().parent}; "
+            f"a bare name is a split that ships in {folder}"
+        )
+    return path
+
+
+def read_split_file(path: Path | str) -> SplitFile:
+    """Return what a split file says.
+
+    Parameters
+    ----------
+    path
+        A file, or the bare name of a split that ships (see :func:`find_split_file`).
+
+    Raises
+    ------
+    SplitError
+        If there is no such file, it cannot be read, has a table, key or value that means nothing,
+        or contradicts itself.
+    """
+    file = find_split_file(path)
     try:
-        tables = tomllib.loads(Path(path).read_text())
+        tables = tomllib.loads(file.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SplitError(f"split {path} cannot be read: {error}") from error
     return _from_tables(str(path), tables)

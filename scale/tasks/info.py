@@ -1,7 +1,8 @@
-"""``scale info``: versions and devices, and on request a preset, a store or a run in a few lines.
+"""``scale info``: versions and devices, and on request a preset, store, split or run in short.
 
 scale info
 scale info model=base store=data/toy
+scale info store=data/tahoe split=tahoe100m_fewshot
 scale info run=runs/tiny-toy
 """
 
@@ -27,6 +28,8 @@ def run(config: InfoConfig) -> int:
     if config.store is not None:
         vocabulary = _store_vocabulary(config.store)
         sections[f"store {config.store}"] = list(_store(config.store))
+    if config.split is not None:
+        sections[f"split {config.split}"] = list(_split(config.split, config.store))
     if config.model is not None:
         sections["model"] = list(_model(config.model, vocabulary))
     sections = {"environment": list(_environment()), **sections}
@@ -167,6 +170,44 @@ def _store(path: str) -> Iterator[tuple[str, str]]:
         yield "counts", str(store.manifest["counts"])
         yield "made by", str(store.manifest["created_by"])
         yield "fingerprint", store.fingerprint
+
+
+def _split(file: str, address: str | None) -> Iterator[tuple[str, str]]:
+    """Tell what a split holds out, and of a store how many conditions and cells, and what misses.
+
+    Contradictions are errors here as in training. Names that are not in the data are listed, all of
+    them: with them training stops, unless data.unknown=warn.
+    """
+    from scale.data.split import Split
+    from scale.data.split_file import find_split_file
+    from scale.data.store import CellSetStore
+
+    split = Split.read(file)
+    yield "file", str(find_split_file(file))
+    yield "contexts are", f"values of {split.context}"
+    for context, part in split.zeroshot.items():
+        yield context, f"all is {part}"
+    for context, lists in split.fewshot.items():
+        yield context, f"{len(lists.val):,} labels are val, {len(lists.test):,} are test"
+    if address is None:
+        return
+    with CellSetStore.open(address) as store:
+        table = store.conditions
+        found = split.compare(table, store.perturbations, labels=store.labels)
+    num_cells_C, is_control_C = table["num_cells"], table["is_control"].to_numpy(dtype=bool)
+    for part in ("train", "val", "test", "unused"):
+        here_C = (found.part_C == part) & ~is_control_C
+        cells = f"{num_cells_C[here_C].sum():,} cells of {here_C.sum():,} treated conditions"
+        groups = table[here_C][split.context].nunique()
+        yield part, f"{cells} in {groups:,} values of {split.context}" if here_C.any() else "none"
+    in_train = num_cells_C[is_control_C & (found.part_C == "train")].sum()
+    yield "controls", f"{num_cells_C[is_control_C].sum():,} cells, {in_train:,} of them in train"
+    yield "not in the data", f"{len(found.missing):,} names of the split"
+    for name in found.missing:
+        yield "", name
+    yield "not in its context", f"{len(found.unmeasured):,} labels of the split"
+    for name in found.unmeasured:
+        yield "", name
 
 
 def _run(path: Path) -> Iterator[tuple[str, str]]:

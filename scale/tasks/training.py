@@ -25,6 +25,7 @@ from scale.config import (
     to_yaml,
 )
 from scale.data.module import CellSetDataModule
+from scale.data.split_file import find_split_file
 from scale.model.model import ScaleModel
 from scale.runtime import (
     EXIT_AGAIN,
@@ -177,7 +178,7 @@ def _open_run(config: Config, run_dir: Path) -> Path | None:
         temporary.write_text(to_yaml(config))
     if config.data.split is not None:
         with atomic_path(run_dir / "split.toml") as temporary:
-            shutil.copyfile(config.data.split, temporary)
+            shutil.copyfile(find_split_file(config.data.split), temporary)
     return checkpoint
 
 

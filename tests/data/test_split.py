@@ -2,19 +2,21 @@
 
 import json
 import logging
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from scale.config import HeldoutControls, Unknown
+from scale.config import HeldoutControls, Unknown, compose, config_dir
 from scale.data.simulate import SimulationConfig, simulate
 from scale.data.split import Split, write_few_shot
 from scale.data.store import CellSetStore
 from scale.types import Perturbation, SplitError
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "splits"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 LINES, PLATES = ("A549", "K562", "HepG2"), ("p1", "p2")
 LABELS = ("DMSO", "drugA", "drugB", "drugC", "drugD")
 
@@ -342,37 +344,160 @@ def test_the_split_of_a_simulated_screen_fits_it(tmp_path):
     assert set(conditions["cell_type"][part == "test"]) == {atlas.lines[-1]}
 
 
-# --- the community's files ----------------------------------------------------------------------
+# --- found by path or by name -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "context", "num_contexts", "num_val", "num_test"),
-    [
-        ("tahoe100m_fewshot", "cell_type", 5, 54, 735),
-        ("tahoe100m_zeroshot", "cell_type", 5, 0, 0),
-        ("replogle_nadig_fewshot", "cell_type", 1, 104, 624),
-        ("parse_pbmc_fewshot", "batch", 4, 4, 62),
-        ("parse_pbmc_zeroshot", "batch", 4, 0, 0),
-    ],
-)
-def test_published_files_are_read(name, context, num_contexts, num_val, num_test):
-    path = SHARED / f"{name}.toml"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    split = Split.read(path)
+def test_a_bare_name_is_a_split_that_ships_and_all_else_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = write(tmp_path, zeroshot={"K562": "test"})
+    own.rename("tahoe100m_zeroshot.toml")
+    Path("tahoe100m_zeroshot").write_bytes(Path("tahoe100m_zeroshot.toml").read_bytes())
+    shipped = Split.read("tahoe100m_zeroshot")
+    assert "CVCL_0480" in shipped.zeroshot
+    for path in (
+        "tahoe100m_zeroshot.toml",
+        "./tahoe100m_zeroshot",
+        tmp_path / "tahoe100m_zeroshot",
+    ):
+        assert list(Split.read(path).zeroshot) == ["K562"]
+
+
+def test_a_split_that_is_nowhere_is_an_error_with_both_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = re.escape(str(config_dir() / "splits"))
+    with pytest.raises(
+        SplitError,
+        match=f"no split 'tahoe_fewshot' ships in {folder}: did you mean 'tahoe100m_fewshot'.*"
+        r"give its path, tahoe_fewshot.toml or ./tahoe_fewshot",
+    ):
+        Split.read("tahoe_fewshot")
+    with pytest.raises(
+        SplitError, match=f"no such file in {re.escape(str(tmp_path))}; a bare name .* in {folder}"
+    ):
+        Split.read("tahoe100m.toml")
+
+
+# --- comparison with the data -------------------------------------------------------------------
+
+
+def test_a_comparison_names_all_that_is_not_in_the_data(tmp_path):
+    conditions, perturbations = make_conditions()
+    lacks = (conditions["cell_type"] == "K562") & (conditions["perturbation"] == 1)
+    fewshot = {
+        "K562": {"val": ["drugA", "drugX"], "test": ["drugB"]},
+        "A-549": {"test": ["drugC", "drugY"]},
+    }
+    split = Split.read(write(tmp_path, fewshot=fewshot))
+    found = split.compare(conditions[~lacks], perturbations)
+    assert [text.split(" (")[0] for text in found.missing] == [
+        "cell_type 'A-549'",
+        "'drugX' in val of 'K562'",
+        "'drugY' in test of 'A-549'",
+    ]
+    assert "did you mean 'A549'" in found.missing[0]
+    assert found.unmeasured == ["'drugA' in val of 'K562'"]
+    part = split.assign(conditions[~lacks], perturbations, unknown=Unknown.warn)
+    np.testing.assert_array_equal(found.part_C, part)
+
+
+def test_a_comparison_with_data_that_fits_names_nothing(toy_store, tmp_path):
+    split = write_few_shot(tmp_path / "split.toml", toy_store, ["K562"])
+    store = toy_store
+    found = split.compare(store.conditions, store.perturbations, labels=store.labels)
+    assert found.missing == found.unmeasured == []
+
+
+# --- the splits that ship -----------------------------------------------------------------------
+
+SHIPPED = [
+    ("tahoe100m_fewshot", "cell_type", 5, 54, 735),
+    ("tahoe100m_zeroshot", "cell_type", 5, 0, 0),
+    ("replogle_nadig_fewshot", "cell_type", 1, 104, 624),
+    ("parse_pbmc_fewshot", "batch", 4, 4, 62),
+    ("parse_pbmc_zeroshot", "batch", 4, 0, 0),
+]
+
+
+def test_all_splits_that_ship_are_listed_here():
+    files = {file.stem for file in (config_dir() / "splits").iterdir()}
+    assert files == {name for name, *_ in SHIPPED}
+
+
+@pytest.mark.parametrize(("name", "context", "num_contexts", "num_val", "num_test"), SHIPPED)
+def test_splits_that_ship_are_read(name, context, num_contexts, num_val, num_test):
+    split = Split.read(name)
     assert split.context == context
     assert len(split.zeroshot) + len(split.fewshot) == num_contexts
-    assert {(len(f.val), len(f.test)) for f in split.fewshot.values()} <= {(num_val, num_test)}
+    assert set(split.zeroshot.values()) <= {"test"}
+    for lists in split.fewshot.values():
+        assert (len(lists.val), len(lists.test)) == (num_val, num_test)
+        assert (len(set(lists.val)), len(set(lists.test))) == (num_val, num_test)
+        assert lists == next(iter(split.fewshot.values()))
+    if name.endswith("fewshot") and num_contexts > 1:
+        assert set(split.fewshot) == set(Split.read(name.replace("few", "zero")).zeroshot)
 
 
-def test_the_published_tahoe_split_on_the_real_grid():
-    path = SHARED / "tahoe100m_fewshot.toml"
-    grid_path = SHARED.parent / "tahoe100m_metadata" / "obs_cell_grid.parquet"
-    if not path.exists() or not grid_path.exists():
-        pytest.skip(f"{grid_path} is not there")
-    facts = json.loads((SHARED / "facts.json").read_text())["tahoe100m"]
-    grid = pd.read_parquet(grid_path)
-    lines = pd.read_parquet(grid_path.with_name("cell_line_metadata.parquet"))
+def test_drugs_of_the_tahoe_split_are_disjoint_and_verbatim():
+    lists = Split.read("tahoe100m_fewshot").fewshot["CVCL_0480"]
+    drugs = [
+        {Perturbation.parse(text).components[0].name for text in part}
+        for part in (lists.val, lists.test)
+    ]
+    assert [len(names) for names in drugs] == [19, 268]
+    assert not drugs[0] & drugs[1]
+    verbatim = [text for text in (*lists.val, *lists.test) if "Erdafitinib" in text]
+    assert verbatim
+    assert all("'Erdafitinib '" in text for text in verbatim)
+
+
+@pytest.mark.parametrize("option", ["tahoe", "replogle", "pbmc"])
+def test_options_of_data_name_splits_that_ship(option, tmp_path):
+    config = compose("pretrain", [f"data={option}"], run_dir=tmp_path)
+    assert Split.read(config.data.split).fewshot
+    if option != "replogle":
+        name = config.data.split.replace("few", "zero")
+        config = compose("pretrain", [f"data={option}", f"data.split={name}"], run_dir=tmp_path)
+        assert Split.read(config.data.split).zeroshot
+
+
+def test_cell_load_reads_the_splits_that_ship_alike():
+    python = Path(__file__).parents[2] / ".cache" / "cell-load" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("cell-load is not there; scripts/cell_load_environment makes it")
+    code = """
+import json, sys
+from cell_load.config import ExperimentConfig
+read = {}
+for path in sys.argv[1:]:
+    config = ExperimentConfig.from_toml(path)
+    config.validate()
+    dataset, = config.get_all_datasets()
+    zeroshot = config.get_zeroshot_celltypes(dataset)
+    read[path] = [zeroshot, config.get_fewshot_celltypes(dataset), config.training]
+print(json.dumps(read))
+"""
+    files = [str(config_dir() / "splits" / f"{name}.toml") for name, *_ in SHIPPED]
+    done = subprocess.run(
+        [str(python), "-c", code, *files], capture_output=True, text=True, check=True
+    )
+    for path, (zeroshot, fewshot, training) in json.loads(done.stdout).items():
+        split = Split.read(path)
+        assert zeroshot == split.zeroshot
+        assert fewshot == {
+            context: {"val": list(lists.val), "test": list(lists.test)}
+            for context, lists in split.fewshot.items()
+        }
+        assert (list(training.values()) == ["train"]) == split.is_training
+
+
+@pytest.fixture(scope="module")
+def tahoe_grid():
+    """Conditions of the published cells: one for each line, drug and dose, with its cells."""
+    path = SHARED / "tahoe100m_metadata" / "obs_cell_grid.parquet"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    grid = pd.read_parquet(path)
+    lines = pd.read_parquet(path.with_name("cell_line_metadata.parquet"))
     names = dict(zip(lines["cell_name"], lines["Cell_ID_Cellosaur"], strict=True))
     labels = [
         repr([(drug, float(dose), "uM")])
@@ -385,12 +510,46 @@ def test_the_published_tahoe_split_on_the_real_grid():
             "perturbation": codes,
             "batch": None,
             "is_control": grid["drug"].str.strip() == "DMSO_TF",
+            "num_cells": grid["n_cells"],
         }
     )
-    perturbations = [Perturbation.parse(label) for label in unique]
-    part = Split.read(path).assign(conditions, perturbations, labels=list(unique))
-    cells = grid["n_cells"].to_numpy()
-    assert cells[part == "test"].sum() == facts["counted"]["test_cells"]
-    assert cells[part == "val"].sum() == facts["counted"]["val_cells"]
+    return conditions, [Perturbation.parse(label) for label in unique], list(unique)
+
+
+def test_the_few_shot_split_on_the_published_cells_of_tahoe(tahoe_grid):
+    conditions, perturbations, labels = tahoe_grid
+    found = Split.read("tahoe100m_fewshot").compare(conditions, perturbations, labels=labels)
+    assert found.missing == []
+    assert len(found.unmeasured) == 1
+    assert found.unmeasured[0].endswith("in test of 'CVCL_0480'")
     treated = ~conditions["is_control"].to_numpy()
-    assert cells[(part == "train") & treated].sum() == 89_495_239
+    cells = conditions["num_cells"].to_numpy()
+    sums = {p: cells[(found.part_C == p) & treated].sum() for p in ("train", "val", "test")}
+    assert sums == {"train": 89_495_239, "val": 553_076, "test": 8_270_319}
+    test = conditions[found.part_C == "test"]
+    assert len(test[["cell_type", "perturbation"]].drop_duplicates()) == 3_674
+    val = conditions[found.part_C == "val"]
+    blank = {(row.cell_type, labels[row.perturbation]) for row in val.itertuples()}
+    assert len([1 for _, label in blank if "('Erdafitinib '," in label]) == 5 * 3
+
+
+def test_the_zero_shot_split_on_the_published_cells_of_tahoe(tahoe_grid):
+    conditions, perturbations, labels = tahoe_grid
+    part = Split.read("tahoe100m_zeroshot").assign(conditions, perturbations, labels=labels)
+    treated = ~conditions["is_control"].to_numpy()
+    cells = conditions["num_cells"].to_numpy()
+    assert cells[(part == "test") & treated].sum() == 13_468_118
+    assert cells[(part == "train") & treated].sum() == 84_850_516
+    assert set(part[~treated]) == {"train"}
+
+
+def test_a_blank_more_or_less_in_the_data_cannot_miss():
+    """Lists say 'Erdafitinib ', as the published cells do; a cleaned source is matched alike."""
+    split = Split.read("tahoe100m_fewshot")
+    texts = [text for text in split.fewshot["CVCL_1097"].val if "Erdafitinib" in text]
+    assert len(texts) == 3
+    for labels in (texts, [text.replace("b '", "b'") for text in texts]):
+        controlled = ("[('DMSO_TF', 0.0, 'uM')]", *labels)
+        conditions, perturbations = make_conditions(controlled, lines=tuple(split.fewshot))
+        found = split.compare(conditions, perturbations, labels=controlled)
+        np.testing.assert_array_equal(found.part_C == "val", ~conditions["is_control"])
