@@ -1,7 +1,7 @@
-"""What goes into an evaluation, read into one shape and checked before anything is computed.
+"""What goes into an evaluation, brought into one shape, and the checks of its labels and genes.
 
-Apart from the protocol so that every complaint about an input stands in one file: what was found,
-what was expected, what to do.
+Apart from the protocol so that every complaint about an input says what was found, what was
+expected, what to do, before anything is computed. Checks of values stand in ``values``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy.sparse as sp
 
+from scale.evaluate.cells import CellMatrix, CellSource, Rows
 from scale.types import did_you_mean
 
 if TYPE_CHECKING:
@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Strings = npt.NDArray[np.object_]
-Rows = npt.NDArray[np.int64]
+Condition = tuple[str, str]
+"""Context and perturbation."""
 
-_HIGHEST_LOG = 15.0
-"""log1p of counts per 3.3 million: no normalised value reaches it."""
-_TOTALS_TOLERANCE = 0.10
-_TOTALS_TOLERANCE_TREATED = 1.0
 MINIMUM_CONTROLS = 10
 
 
@@ -52,7 +49,7 @@ class CellTable:
     name
         How messages call it: ``observed``, ``train``, or the method of a prediction.
     values
-        log1p of normalised counts, cells x genes (float32 CSR).
+        log1p of normalised counts, cells x genes, read by rows.
     counts
         Integer counts in the same shape, or None.
     genes, cell_names
@@ -66,8 +63,8 @@ class CellTable:
     """
 
     name: str
-    values: sp.csr_matrix
-    counts: sp.csr_matrix | None
+    values: CellMatrix
+    counts: CellMatrix | None
     genes: tuple[str, ...]
     cell_names: Strings
     perturbation: Strings
@@ -93,48 +90,58 @@ class CellTable:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read_table(adata: AnnData, name: str, keys: Keys, genes: Sequence[str] | None) -> CellTable:
-    """Return the cells of an AnnData in one shape, in the gene order ``genes`` (None = its own).
+def read_table(
+    source: AnnData | CellSource,
+    name: str,
+    keys: Keys,
+    genes: Sequence[str] | None,
+    *,
+    target_sum: float | None = None,
+) -> CellTable:
+    """Return the cells of an input in one shape, in the gene order ``genes`` (None = its own).
+
+    Values stay where they are until rows of them are asked for. With ``target_sum``, ``X`` holds
+    counts, and is normalised to it.
 
     Raises
     ------
     ValueError
-        For each row of the table of bad inputs that concerns one file.
+        For each row of the table of bad inputs that concerns labels and genes of one file.
     """
-    if adata.n_obs == 0:
+    source = CellSource.of(source)
+    obs = source.obs
+    if len(obs) == 0:
         raise ValueError(f"{name}: holds no cells; expected at least one condition")
     columns = {"perturbation": keys.perturbation, "cell type": keys.cell_type}
     if keys.unit is not None:
         columns["unit"] = keys.unit
     for what, key in columns.items():
-        if key not in adata.obs:
-            known = [str(column) for column in adata.obs.columns]
+        if key not in obs:
+            known = [str(column) for column in obs.columns]
             raise ValueError(
                 f"{name}: no column {key!r} for the {what}; {did_you_mean(key, known)}"
             )
-    order = _gene_order(adata, name, genes)
-    values = _matrix(adata.X, name)
-    _check_values(values, adata, name)
-    counts = _sorted(adata.layers.get("counts"))
-    if order is not None:
-        values, counts = values[:, order], None if counts is None else counts[:, order]
-    cell_type = _labels(adata.obs[keys.cell_type])
-    unit = cell_type if keys.unit is None else _labels(adata.obs[keys.unit])
+    if source.values is None:
+        raise ValueError(f"{name}: X is empty; expected log1p of normalised counts")
+    order = _gene_order(source.genes, name, genes)
+    counts = source.values if target_sum is not None else source.counts
+    cell_type = _labels(obs[keys.cell_type])
+    unit = cell_type if keys.unit is None else _labels(obs[keys.unit])
     joined = keys.unit is not None and keys.unit != keys.cell_type
     context = cell_type
     if joined:
         context = np.array([f"{c} / {u}" for c, u in zip(cell_type, unit, strict=True)], object)
     return CellTable(
         name=name,
-        values=values,
-        counts=counts,
-        genes=tuple(adata.var_names.astype(str)) if genes is None else tuple(genes),
-        cell_names=np.asarray(adata.obs_names.astype(str), dtype=object),
-        perturbation=_labels(adata.obs[keys.perturbation]),
+        values=CellMatrix(source.values, name, columns=order, target_sum=target_sum),
+        counts=None if counts is None else CellMatrix(counts, name, columns=order),
+        genes=tuple(source.genes) if genes is None else tuple(genes),
+        cell_names=np.asarray(obs.index.astype(str), dtype=object),
+        perturbation=_labels(obs[keys.perturbation]),
         context=context,
         unit=unit,
-        fold=_optional(adata, "control_fold", np.int8),
-        source_cell=_optional(adata, "source_cell", object),
+        fold=_optional(obs, "control_fold", np.int8),
+        source_cell=_optional(obs, "source_cell", object),
     )
 
 
@@ -144,15 +151,14 @@ def _labels(column: pd.Series) -> Strings:
     return np.asarray(names[categories.codes], dtype=object)
 
 
-def _optional(adata: AnnData, key: str, dtype: Any) -> npt.NDArray[Any] | None:
-    if key not in adata.obs:
+def _optional(obs: pd.DataFrame, key: str, dtype: Any) -> npt.NDArray[Any] | None:
+    if key not in obs:
         return None
-    return np.asarray(adata.obs[key]).astype(dtype)
+    return np.asarray(obs[key]).astype(dtype)
 
 
-def _gene_order(adata: AnnData, name: str, genes: Sequence[str] | None) -> Rows | None:
+def _gene_order(names: pd.Index, name: str, genes: Sequence[str] | None) -> Rows | None:
     """Position of each wanted gene in the input, or None where the order is the same."""
-    names = pd.Index(adata.var_names.astype(str))
     if not names.is_unique:
         twice = names[names.duplicated()].unique()[:5]
         raise ValueError(
@@ -172,68 +178,6 @@ def _gene_order(adata: AnnData, name: str, genes: Sequence[str] | None) -> Rows 
         )
     logger.info("%s: genes are in another order; aligned by name", name)
     return np.asarray(names.get_indexer(pd.Index(list(genes))), dtype=np.int64)
-
-
-def _matrix(x: Any, name: str) -> sp.csr_matrix:
-    if x is None:
-        raise ValueError(f"{name}: X is empty; expected log1p of normalised counts")
-    if hasattr(x, "to_memory"):
-        x = x.to_memory()
-    dtype = getattr(x, "dtype", np.dtype(np.float32))
-    if dtype == np.float16:
-        logger.warning("%s: X is float16, which holds 3 digits; save it as float32", name)
-    if sp.issparse(x):
-        # scipy reduces float16 matrices only after a cast
-        matrix = sp.csr_matrix(x.astype(np.float32))
-    else:
-        matrix = sp.csr_matrix(np.asarray(x, dtype=np.float32))
-    matrix.sum_duplicates()
-    return matrix
-
-
-def _sorted(counts: Any) -> sp.csr_matrix | None:
-    """Counts with sorted columns, since draws go by the order of stored values."""
-    if counts is None:
-        return None
-    if hasattr(counts, "to_memory"):
-        counts = counts.to_memory()
-    matrix = sp.csr_matrix(counts)
-    if not matrix.has_canonical_format:
-        matrix = matrix.copy()  # not the caller's
-        matrix.sum_duplicates()
-    return matrix
-
-
-def _check_values(values: sp.csr_matrix, adata: AnnData, name: str) -> None:
-    data = values.data
-    if not np.isfinite(data).all():
-        place = int(np.flatnonzero(~np.isfinite(data))[0])
-        cell = int(np.searchsorted(values.indptr, place, side="right")) - 1
-        gene = adata.var_names[int(values.indices[place])]
-        raise ValueError(
-            f"{name}: cell {adata.obs_names[cell]!r}, gene {gene!r} is {data[place]}; "
-            "expected finite values"
-        )
-    if data.size == 0:
-        raise ValueError(f"{name}: all values are 0; expected log1p of normalised counts")
-    if (lowest := float(data.min())) < 0:
-        share = float((data < 0).sum()) / (values.shape[0] * values.shape[1])
-        raise ValueError(
-            f"{name}: {share:.2%} of the values are negative, down to {lowest:.3g}; expected "
-            "log1p values >= 0: clip the output at 0, or end the model in a ReLU"
-        )
-    highest = float(data.max())
-    if bool((data == np.rint(data)).all()):
-        raise ValueError(
-            f"{name}: X holds integers up to {highest:.0f}, so counts; expected log1p of counts "
-            "per a target sum: normalise both files with the same one "
-            "(scanpy.pp.normalize_total(adata, target_sum=10000); scanpy.pp.log1p(adata))"
-        )
-    if highest >= _HIGHEST_LOG:
-        raise ValueError(
-            f"{name}: X reaches {highest:.1f}, so it is not log1p of normalised counts; apply "
-            "log1p after normalising to the target sum of the other file"
-        )
 
 
 # --- one file against another -------------------------------------------------------------------
@@ -264,7 +208,20 @@ def check_controls(table: CellTable, control: str, contexts: Sequence[str]) -> N
         )
 
 
-def check_conditions(observed: CellTable, predicted: CellTable, control: str) -> None:
+def other_conditions(
+    observed: CellTable, predicted: CellTable, control: str
+) -> tuple[list[Condition], list[Condition]]:
+    """Return the conditions only observed, and those only predicted, sorted."""
+    sides = []
+    for table in (observed, predicted):
+        pairs = pd.MultiIndex.from_arrays([table.context, table.perturbation]).unique()
+        sides.append({(str(c), str(p)) for c, p in pairs if p != control})
+    return sorted(sides[0] - sides[1]), sorted(sides[1] - sides[0])
+
+
+def refuse_conditions(
+    only_observed: Sequence[Condition], only_predicted: Sequence[Condition], name: str
+) -> None:
     """Refuse predictions that do not cover exactly the observed conditions.
 
     Raises
@@ -272,20 +229,16 @@ def check_conditions(observed: CellTable, predicted: CellTable, control: str) ->
     ValueError
         Naming the conditions that stand in one file only.
     """
-    sides = []
-    for table in (observed, predicted):
-        pairs = pd.MultiIndex.from_arrays([table.context, table.perturbation]).unique()
-        sides.append({(str(c), str(p)) for c, p in pairs if p != control})
-    only_observed, only_predicted = sides[0] - sides[1], sides[1] - sides[0]
     if only_observed or only_predicted:
         parts = []
-        for where, names in (("observed", only_observed), (predicted.name, only_predicted)):
-            if names:
-                shown = "; ".join(f"{p} in {c}" for c, p in sorted(names)[:5])
-                parts.append(f"{len(names)} only in {where} ({shown})")
+        for where, pairs in (("observed", only_observed), (name, only_predicted)):
+            if pairs:
+                shown = "; ".join(f"{p} in {c}" for c, p in pairs[:5])
+                parts.append(f"{len(pairs)} only in {where} ({shown})")
         raise ValueError(
-            f"{predicted.name}: conditions differ: {', '.join(parts)}; predict every observed "
-            "condition, and leave the others out of both files"
+            f"{name}: conditions differ: {', '.join(parts)}; predict every observed condition, and "
+            "leave the others out of both files, or set protocol.missing=drop, which leaves them "
+            "out and lists them"
         )
 
 
@@ -312,64 +265,61 @@ def check_cell_numbers(
     if strict and (high > 2 or low < 0.5):
         raise ValueError(
             f"{found}; expected as many as observed, as the gene test finds more in more cells: "
-            "predict as many cells as were observed, or leave some out at random"
+            "predict as many cells as were observed, or set protocol.match_cells=true, which draws "
+            "as many of the larger side"
         )
     return f"{found}; the gene test finds more in more cells"
 
 
-def check_totals(observed: CellTable, predicted: CellTable, control: str) -> None:
-    """Refuse predictions normalised to another target sum, or scaled.
+def check_source_cells(
+    observed: CellTable, predicted: CellTable, fold: npt.NDArray[np.int8], control: str
+) -> str | None:
+    """Refuse predictions that share control cells with the reference half; return a warning.
 
-    Control cells of the contexts that both have are compared, since those must agree; else treated
-    cells, with a wide tolerance, since a perturbation may move the total of a gene subset. Other
-    contexts are left out: cut to some genes, two cell lines need not add up to the same.
-
-    Raises
-    ------
-    ValueError
-        With both totals.
-    """
-    sides = (observed, predicted)
-    shared = np.intersect1d(observed.context, predicted.context)
-    masks = [(t.perturbation == control) & np.isin(t.context, shared) for t in sides]
-    tolerance, what = _TOTALS_TOLERANCE, "control cells"
-    if not all(mask.any() for mask in masks):
-        masks = [(t.perturbation != control) & np.isin(t.context, shared) for t in sides]
-        tolerance, what = _TOTALS_TOLERANCE_TREATED, "treated cells"
-    if not all(mask.any() for mask in masks):
-        return
-    totals = []
-    for table, mask in zip(sides, masks, strict=True):
-        values = table.values[mask]
-        values.data = np.expm1(values.data)
-        totals.append(float(np.median(values @ np.ones(values.shape[1]))))
-    low, high = min(totals), max(totals)
-    if high > low * (1 + tolerance):
-        raise ValueError(
-            f"{predicted.name}: the {what} add up to {totals[1]:.0f} counts after expm1 (median), "
-            f"those of observed to {totals[0]:.0f}; normalise both to one target sum, and undo "
-            "any scaling of the log values"
-        )
-
-
-def check_source_cells(predicted: CellTable, reference_cells: set[str], control: str) -> None:
-    """Refuse predictions made from control cells of the half that the observed side is held to.
+    Parameters
+    ----------
+    observed, predicted
+        Inputs.
+    fold
+        0 (input) or 1 (reference) for every observed control cell.
+    control
+        Label of the control.
 
     Raises
     ------
     ValueError
-        With the number of such cells.
+        If source cells are of the reference half (with their number), or not known while no halves
+        were given beforehand.
     """
+    shared = "or set protocol.control_split=shared, which holds both sides to all control cells"
     if predicted.source_cell is None:
-        return
+        if observed.fold is None:
+            raise ValueError(
+                f"{predicted.name}: no column source_cell, and observed has no control_fold, so "
+                "predicted and observed changes cannot be held to disjoint control cells: predict "
+                "from the cells of control_fold 0 (scale.evaluate.protocol.split_controls writes "
+                f"the column), {shared}"
+            )
+        return (
+            f"{predicted.name}: no column source_cell; it is taken to have started from control "
+            "cells of control_fold 0 only, else its correlations are biased down"
+        )
+    names = observed.cell_names if observed.source_cell is None else observed.source_cell
+    reference = {str(cell) for cell in names[fold == 1]}
     treated = predicted.source_cell[predicted.perturbation != control]
-    met = sum(str(cell) in reference_cells for cell in treated)
+    if not np.isin(treated.astype(str), names[fold >= 0].astype(str)).any():
+        return (
+            f"{predicted.name}: no source_cell is a control cell of observed, so it is not known "
+            "whether the prediction started from the half that it is held to"
+        )
+    met = sum(str(cell) in reference for cell in treated)
     if met:
         raise ValueError(
             f"{predicted.name}: {met} cells were made from control cells of fold 1, which the "
-            "observed change is measured against; predict from cells with control_fold 0 "
-            "(scale.evaluate.protocol.split_controls writes the column)"
+            "observed change is measured against: predict from cells with control_fold 0 "
+            f"(scale.evaluate.protocol.split_controls writes the column), {shared}"
         )
+    return None
 
 
 def check_train(train: CellTable, tested: Sequence[tuple[str, str]]) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from scale.evaluate.checks import CellTable, Rows
-from scale.evaluate.distances import Space, energy_distance
+from scale.evaluate.cells import Rows
+from scale.evaluate.checks import CellTable
+from scale.evaluate.distances import Space, energy_distance, spread, squared_mmd, within_similarity
 from scale.evaluate.scoring import Facts, gene_numbers
 from scale.evaluate.sides import Control, Side, make_control, side_of_cells
+from scale.evaluate.statistics import Floats
 from scale.evaluate.training import InputControl, Training
 from scale.runtime import derive, mix64_array
 
@@ -37,9 +39,11 @@ class Settings:
     """What all contexts share."""
 
     strict: bool
+    min_significant: int
     max_cells: int
     seed: int
     space: Space
+    direction_KD: Floats
     genes: tuple[str, ...]
 
 
@@ -132,7 +136,7 @@ def make_context(
     reference = input_control
     if fold is not None:
         reference = control_of(controls.values[reference_rows], settings, name, "reference")
-    cells = tuple(observed.values[rows[(name, label)]] for label in labels)
+    cells = read_conditions(observed, [rows[(name, label)] for label in labels])
     side = side_of(cells, reference, settings)
     assert side.cells is not None
     significant_P = side.cells.tests.significant_PG.sum(axis=1)
@@ -140,15 +144,25 @@ def make_context(
         energy_distance(input_control.points, points, input_control.within, within)
         for points, within in zip(side.cells.points, side.cells.within_P, strict=True)
     ]
+    scale = spread(side.cells.points)
+    within = within_similarity(input_control.points, scale)
+    mmd = [squared_mmd(input_control.points, x, scale, within) for x in side.cells.points]
+    noise = _noise(input_control, int(np.median(side.num_P)), scale, settings, name)
     facts = Facts(
         labels=tuple(labels),
         target_gene_P=gene_numbers(labels, settings.genes),
         strict=settings.strict,
         num_significant_P=significant_P,
+        min_significant=settings.min_significant,
+        effects_P=tuple(training.effects(name, label) for label in labels),
         reference_mean_G=training.reference_mean_G(name),
         reference_delta_G=training.reference_delta_G,
         control_energy_P=np.array(energy),
-        energy_noise=_energy_noise(input_control, int(np.median(side.num_P)), settings, name),
+        energy_noise=noise[0],
+        control_mmd_P=np.array(mmd),
+        mmd_noise=noise[1],
+        spread=scale,
+        direction_KD=settings.direction_KD,
     )
     return Context(
         name=name,
@@ -164,21 +178,38 @@ def make_context(
     )
 
 
-def _energy_noise(control: Control, size: int, settings: Settings, name: str) -> float:
-    """Standard deviation of the energy distance of ``size`` control cells to the other ones."""
+def _noise(
+    control: Control, size: int, scale: float, settings: Settings, name: str
+) -> tuple[float, float]:
+    """Deviations of the energy distance and of the MMD of ``size`` control cells to other ones."""
     points = control.points[:_NOISE_CELLS]
     size = max(2, min(size, len(points) // 2))
     found = []
     for draw in range(_NOISE_DRAWS):
         order = keyed_order(len(points), settings.seed, "energy noise", name, str(draw))
-        found.append(energy_distance(points[order[:size]], points[order[size:]]))
-    return float(np.std(found))
+        x, y = points[order[:size]], points[order[size:]]
+        found.append((energy_distance(x, y), squared_mmd(x, y, scale)))
+    energy, mmd = np.std(found, axis=0).tolist()
+    return energy, mmd
 
 
 def input_of(table: CellTable, rows: Rows) -> InputControl:
     """Return control cells of a table with their counts, where it has them."""
     counts = None if table.counts is None else table.counts[rows]
     return InputControl(table.values[rows], counts)
+
+
+def read_conditions(table: CellTable, groups: Sequence[Rows]) -> tuple[sp.csr_matrix, ...]:
+    """Return the cells of each group of rows, read at once: they are views of one matrix."""
+    matrix = table.values[np.concatenate(groups)]
+    cells, first = [], 0
+    for rows in groups:
+        indptr = matrix.indptr[first : first + len(rows) + 1]
+        part = slice(indptr[0], indptr[-1])
+        arrays = (matrix.data[part], matrix.indices[part], indptr - indptr[0])
+        cells.append(sp.csr_matrix(arrays, shape=(len(rows), matrix.shape[1])))
+        first += len(rows)
+    return tuple(cells)
 
 
 def halves(context: Context, settings: Settings, split: int) -> tuple[Side, Side]:

@@ -7,86 +7,190 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from scale.config import ProtocolConfig
+from scale.config import ControlSplit, Missing, Profile, ProtocolConfig
 from scale.evaluate import checks
 from scale.evaluate.aggregate import CEILING
 from scale.evaluate.baselines import BASELINES
-from scale.evaluate.checks import CellTable, Keys, Rows
+from scale.evaluate.cells import CellSource, Rows
+from scale.evaluate.checks import CellTable, Condition, Keys
 from scale.evaluate.context import keyed_order
-
-if TYPE_CHECKING:
-    from anndata import AnnData
+from scale.evaluate.values import check_totals, check_values
 
 OBSERVED = "observed"
+TRAIN = "train"
 
 
 @dataclass
 class Inputs:
-    """Tables that were read and checked."""
+    """Tables that were read and checked.
+
+    Parameters
+    ----------
+    observed, predicted, train
+        Inputs; predicted by method.
+    rows, predicted_rows
+        Row numbers of every condition that both sides have, and of the control cells.
+    contexts
+        Scored perturbations of every context.
+    excluded
+        (context, perturbation, reason) of what was left out.
+    fold
+        0 (input) or 1 (reference) for every observed control cell, -1 for others; None where both
+        sides are held to all control cells.
+    sha256
+        Of what was read, by input.
+    num_not_scored
+        Predicted cells of conditions that are not observed, where that is allowed.
+    """
 
     observed: CellTable
     predicted: dict[str, CellTable]
     train: CellTable | None
-    rows: dict[tuple[str, str], Rows]
-    predicted_rows: dict[str, dict[tuple[str, str], Rows]]
-    contexts: dict[str, list[str]]
-    excluded: list[tuple[str, str, str]]
-    fold: npt.NDArray[np.int8] | None
+    rows: dict[Condition, Rows]
+    predicted_rows: dict[str, dict[Condition, Rows]]
+    contexts: dict[str, list[str]] = field(default_factory=dict)
+    excluded: list[tuple[str, str, str]] = field(default_factory=list)
+    fold: npt.NDArray[np.int8] | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
+    num_not_scored: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def scored(self) -> list[Condition]:
+        """All scored conditions."""
+        return [(c, label) for c, labels in self.contexts.items() for label in labels]
 
 
 def read_inputs(
-    predicted: Mapping[str, AnnData],
-    observed: AnnData,
-    train: AnnData | None,
+    predicted: Mapping[str, CellSource],
+    observed: CellSource,
+    train: CellSource | None,
     keys: Keys,
     protocol: ProtocolConfig,
     *,
-    strict: bool,
+    ignore_others: bool,
     seed: int,
 ) -> Inputs:
     """Read and check every input; nothing is computed before all of them passed."""
-    table = checks.read_table(observed, OBSERVED, keys, None)
-    tables = {m: checks.read_table(a, m, keys, table.genes) for m, a in predicted.items()}
-    reserved = {OBSERVED, CEILING, *BASELINES} & set(tables)
+    strict, control, total = protocol.profile is Profile.strict, keys.control, protocol.normalize
+    table = checks.read_table(observed, OBSERVED, keys, None, target_sum=total)
+    tables = {
+        m: checks.read_table(source, m, keys, table.genes, target_sum=total)
+        for m, source in predicted.items()
+    }
+    reserved = {OBSERVED, TRAIN, CEILING, *BASELINES} & set(tables)
     if reserved:
         raise ValueError(
             f"predictions may not be called {', '.join(sorted(reserved))}: the names of baselines, "
-            "of the ceiling and of the observed cells are taken; choose others"
+            "of the ceiling, of observed and training cells are taken; choose others"
         )
-    trained = None if train is None else checks.read_table(train, "train", keys, table.genes)
-    rows = table.rows()
-    names = sorted({c for c, p in rows if p != keys.control})
+    trained = None
+    if train is not None:
+        trained = checks.read_table(train, TRAIN, keys, table.genes, target_sum=total)
+    rows = {method: t.rows() for method, t in tables.items()}
+    inputs = Inputs(table, tables, trained, table.rows(), rows)
+    with_controls = [table, *(() if strict else tables.values())]
+    for given in with_controls:
+        checks.check_controls(given, control, ())
+    _check_conditions(inputs, control, protocol.missing, ignore_others=ignore_others)
+    names = sorted({c for c, p in inputs.rows if p != control})
     if not names:
-        raise ValueError(f"observed: every cell is labelled {keys.control!r}; nothing to score")
-    checks.check_controls(table, keys.control, names)
-    predicted_rows = {method: t.rows() for method, t in tables.items()}
-    inputs = Inputs(table, tables, trained, rows, predicted_rows, {}, [], None)
-    for other in tables.values():
-        checks.check_conditions(table, other, keys.control)
-        checks.check_totals(table, other, keys.control)
-        if not strict:
-            checks.check_controls(other, keys.control, names)
-    _choose_conditions(inputs, keys.control, protocol.min_cells, names)
-    scored = [(c, label) for c, labels in inputs.contexts.items() for label in labels]
+        raise ValueError(f"observed: every cell is labelled {control!r}; nothing to score")
+    for given in with_controls:
+        checks.check_controls(given, control, names)
+    if protocol.match_cells:
+        _match_cells(inputs, control, seed)
+    _choose_conditions(inputs, control, protocol.min_cells, names)
     for method in tables:
-        warning = checks.check_cell_numbers(
-            {pair: rows[pair] for pair in scored}, predicted_rows[method], method, strict=strict
-        )
-        if warning is not None:
-            inputs.warnings.append(warning)
+        observed_rows = {pair: inputs.rows[pair] for pair in inputs.scored}
+        _warn(inputs, checks.check_cell_numbers(observed_rows, rows[method], method, strict=strict))
     if trained is not None:
-        checks.check_totals(table, trained, keys.control)
-        checks.check_train(trained, scored)
-    if strict:
-        inputs.fold = _control_folds(inputs, keys.control, seed)
+        checks.check_train(trained, inputs.scored)
+    if strict and protocol.control_split is ControlSplit.disjoint:
+        inputs.fold = _control_folds(inputs, control, seed)
+    _check_values(inputs, control, total)
+    if strict and inputs.fold is None:
+        told = ", ".join(f"{c} {floor:.2f}" for c, floor in floors(inputs, control).items())
+        inputs.warnings.append(
+            "Predicted and observed changes share control cells (control_split=shared): cells "
+            f"without any effect that started from other cells score a pearson_delta of {told}."
+        )
     return inputs
+
+
+def _warn(inputs: Inputs, warning: str | None) -> None:
+    if warning is not None:
+        inputs.warnings.append(warning)
+
+
+def _check_conditions(
+    inputs: Inputs, control: str, missing: Missing, *, ignore_others: bool
+) -> None:
+    """Leave out, or refuse, what only one side has."""
+    dropped = set()
+    for method, table in inputs.predicted.items():
+        only_observed, only_predicted = checks.other_conditions(inputs.observed, table, control)
+        if ignore_others:
+            cells = [len(inputs.predicted_rows[method][pair]) for pair in only_predicted]
+            inputs.num_not_scored[method] = sum(cells)
+            only_predicted = []
+        if missing is Missing.error:
+            checks.refuse_conditions(only_observed, only_predicted, method)
+        dropped |= {(*pair, f"not predicted by {method}") for pair in only_observed}
+        dropped |= {(*pair, f"predicted by {method}, not observed") for pair in only_predicted}
+    inputs.excluded += sorted(dropped)
+    left_out = {(context, label) for context, label, _ in dropped}
+    if dropped:
+        inputs.warnings.append(
+            f"{len(left_out)} conditions stand in one input only and are left out "
+            "(protocol.missing=drop): a method is not judged by what it did not predict."
+        )
+    inputs.rows = {pair: rows for pair, rows in inputs.rows.items() if pair not in left_out}
+    if left_out and all(label == control for _, label in inputs.rows):
+        raise ValueError(
+            f"no condition stands in every input ({len(left_out)} in some); compare the labels of "
+            "the files, cell types as well as perturbations"
+        )
+
+
+def _match_cells(inputs: Inputs, control: str, seed: int) -> None:
+    """Draw from every side of a condition as many cells as the smallest has."""
+    sides = {OBSERVED: inputs.rows, **inputs.predicted_rows}
+    for pair in [pair for pair in inputs.rows if pair[1] != control]:
+        size = min(len(rows[pair]) for rows in sides.values())
+        for name, rows in sides.items():
+            if len(rows[pair]) > size:
+                order = keyed_order(len(rows[pair]), seed, "match cells", name, *pair)
+                rows[pair] = rows[pair][np.sort(order[:size])]
+
+
+def _check_values(inputs: Inputs, control: str, target_sum: float | None) -> None:
+    """Pass over the values of all inputs, of what is used, and compare their totals."""
+    wanted = [*inputs.scored, *((c, control) for c in inputs.contexts)]
+    tables: list[tuple[CellTable, Mapping[Condition, Rows] | None]] = [
+        (inputs.observed, inputs.rows),
+        *((t, inputs.predicted_rows[m]) for m, t in inputs.predicted.items()),
+    ]
+    if inputs.train is not None:
+        tables.append((inputs.train, None))
+    checked = []
+    for table, rows in tables:
+        numbers = np.arange(len(table.context))
+        if rows is not None:
+            numbers = np.sort(np.concatenate([rows[pair] for pair in wanted if pair in rows]))
+        checked.append(check_values(table, numbers, target_sum=target_sum))
+        inputs.sha256[table.name] = checked[-1].sha256
+        if table.values.is_float16:
+            inputs.warnings.append(
+                f"{table.name}: X is float16, which holds 3 digits; save it as float32"
+            )
+        if len(checked) > 1:
+            _warn(inputs, check_totals(inputs.observed, checked[0], table, checked[-1], control))
 
 
 def _choose_conditions(inputs: Inputs, control: str, min_cells: int, names: list[str]) -> None:
@@ -94,9 +198,9 @@ def _choose_conditions(inputs: Inputs, control: str, min_cells: int, names: list
     for context in names:
         kept = []
         for label in sorted(p for c, p in inputs.rows if c == context and p != control):
-            sizes = {OBSERVED: len(inputs.rows[(context, label)])}
-            few = sizes[OBSERVED] < min_cells
-            reason = f"{sizes[OBSERVED]} observed cells; {min_cells} are needed"
+            size = len(inputs.rows[(context, label)])
+            few = size < min_cells
+            reason = f"{size} observed cells; {min_cells} are needed"
             for method, rows in inputs.predicted_rows.items():
                 if len(rows[(context, label)]) < 2 and not few:
                     few, reason = True, f"fewer than 2 cells predicted by {method}"
@@ -133,40 +237,28 @@ def _control_folds(inputs: Inputs, control: str, seed: int) -> npt.NDArray[np.in
                 f"observed: context {context} has {counts[0]} input and {counts[1]} reference "
                 "control cells; each half needs at least 2 (split_controls makes halves)"
             )
-    names = table.cell_names if table.source_cell is None else table.source_cell
-    reference = {str(cell) for cell in names[fold == 1]}
-    for method, other in inputs.predicted.items():
-        checks.check_source_cells(other, reference, control)
-        if other.source_cell is None:
-            inputs.warnings.append(
-                f"{method}: no column source_cell, so it is not known which control cells the "
-                "prediction started from; if from all of them, correlations are biased down"
-            )
+    for other in inputs.predicted.values():
+        _warn(inputs, checks.check_source_cells(table, other, fold, control))
     return fold
 
 
 def floors(inputs: Inputs, control: str) -> dict[str, float]:
     """Expected pearson_delta of independent cells without any effect, by context.
 
-    (1/n_c) / sqrt((1/n_c + 1/n) (1/n_c + 1/n_pred)) with all control cells on both sides; 0 with
-    disjoint halves.
+    (1/n_c) / sqrt((1/n_c + 1/n) (1/n_c + 1/n_pred)) with all n_c control cells on both sides, mean
+    over conditions and methods; 0 with disjoint halves.
     """
-    floors = {}
+    found = {}
+    sides = list(inputs.predicted_rows.values()) or [inputs.rows]
     for context, labels in inputs.contexts.items():
         shared = 0.0 if inputs.fold is not None else 1 / len(inputs.rows[(context, control)])
-        sizes = [1 / len(inputs.rows[(context, label)]) for label in labels]
-        floors[context] = float(np.mean([shared / (shared + s) if shared else 0.0 for s in sizes]))
-    return floors
-
-
-def table_hash(table: CellTable) -> str:
-    """Return sha256 over values and labels of a table."""
-    digest = sha256()
-    for array in (table.values.indptr, table.values.indices, table.values.data):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    for labels in (table.context, table.perturbation):
-        digest.update("\n".join(labels).encode())
-    return digest.hexdigest()
+        noise = [
+            np.array([1 / len(rows[(context, label)]) for label in labels])
+            for rows in (inputs.rows, *sides)
+        ]
+        floor = [shared / np.sqrt((shared + noise[0]) * (shared + own)) for own in noise[1:]]
+        found[context] = float(np.mean(floor))
+    return found
 
 
 def halve_controls(

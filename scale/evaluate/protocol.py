@@ -3,24 +3,29 @@
 Everything is judged by one code on the same conditions: predictions, baselines, and the split-half
 ceiling. In the ``strict`` profile control cells are split in an input half, which predictions
 start from and are measured against, and a reference half for the observed change, so that the noise
-of a shared control mean is no skill. The ``cell_eval`` profile does as cell-eval 0.8.2.
+of a shared control mean is no skill. The ``cell_eval`` profile does as cell-eval 0.8.2;
+``paper_pooled`` does so too, and adds what the same predictions score with all contexts as one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pandas as pd
 
 from scale.config import Profile, ProtocolConfig
 from scale.evaluate.aggregate import aggregate
 from scale.evaluate.baselines import BASELINES
+from scale.evaluate.cells import CellSource
 from scale.evaluate.checks import Keys
 from scale.evaluate.collapse import judge
-from scale.evaluate.inputs import floors, halve_controls, table_hash
+from scale.evaluate.inputs import OBSERVED, TRAIN, floors, halve_controls, read_inputs
+from scale.evaluate.pooled import PooledRun, beside_copy
 from scale.evaluate.run import Run, Tables
 from scale.evaluate.sample import sample_cells
 from scale.evaluate.scaled import add_scaled
@@ -29,8 +34,7 @@ from scale.runtime import versions
 if TYPE_CHECKING:
     from anndata import AnnData
 
-POOLED = "pooled over contexts"
-"""Context and unit of everything that was pooled: tables that are saved or shown say so."""
+    Source: TypeAlias = AnnData | CellSource | Path | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +64,8 @@ class Evaluation:
     pooled
         In the profile ``paper_pooled`` the same predictions with all contexts as one; else None.
         An evaluation of its own: its only context and unit is called ``pooled over contexts``
-        (:data:`POOLED`), which is also ``meta["contexts"]``; it has no intervals, no residual
-        metrics and no ``pooled``. Its ``scores`` and ``aggregate`` have a further column
+        (``scale.evaluate.pooled.POOLED``), which is also ``meta["contexts"]``; it has no intervals,
+        no residual metrics and no ``pooled``. Its ``scores`` and ``aggregate`` have a column more,
         ``control_copy``: what control cells in the contexts of the observed cells get in that row.
         The evaluation that holds it is that of each context alone, with the rules of ``cell_eval``.
     """
@@ -112,16 +116,17 @@ def split_controls(
 
 
 def run_protocol(
-    predicted: Mapping[str, AnnData],
-    observed: AnnData,
+    predicted: Mapping[str, Source],
+    observed: Source,
     *,
     perturbation_key: str,
     cell_type_key: str,
     control: str,
     unit_key: str | None = None,
-    train: AnnData | None = None,
+    train: Source | None = None,
     protocol: ProtocolConfig,
     seed: int = 0,
+    ignore_others: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Return the scores of predictions, baselines and ceiling on the observed conditions.
@@ -129,7 +134,8 @@ def run_protocol(
     Parameters
     ----------
     predicted
-        Method -> predicted cells, log1p of normalised counts.
+        Method -> predicted cells, log1p of normalised counts: AnnData, or the path of an h5ad,
+        which is read context by context.
     observed
         Observed cells and their control cells; ``layers["counts"]`` for baselines of cells;
         ``obs["control_fold"]`` (0 input, 1 reference) where the halves are given.
@@ -145,6 +151,8 @@ def run_protocol(
         Rules.
     seed
         Of every draw.
+    ignore_others
+        Predicted conditions that are not observed are no error, but counted.
     progress
         Called with one line per context.
 
@@ -156,13 +164,42 @@ def run_protocol(
     keys = Keys(
         perturbation=perturbation_key, cell_type=cell_type_key, unit=unit_key, control=control
     )
-    strict = protocol.profile is Profile.strict
-    run = Run(predicted, observed, train, keys, protocol, strict=strict, seed=seed)
+    with ExitStack() as files:
+
+        def opened(source: Source) -> CellSource:
+            cells = CellSource.of(source)
+            if cells is not source:
+                files.callback(cells.close)
+            return cells
+
+        inputs = read_inputs(
+            {method: opened(source) for method, source in predicted.items()},
+            opened(observed),
+            None if train is None else opened(train),
+            keys,
+            protocol,
+            ignore_others=ignore_others,
+            seed=seed,
+        )
+        run = Run.start(inputs, control, protocol, seed)
+        evaluation = _evaluate(run, progress)
+        if protocol.profile is not Profile.paper_pooled:
+            return evaluation
+        pooled = _evaluate(PooledRun.of(run), progress)
+    pooled = replace(
+        pooled,
+        scores=beside_copy(pooled.scores, "value", ["perturbation", "metric"]),
+        aggregate=beside_copy(pooled.aggregate, "mean", ["metric"]),
+    )
+    return replace(evaluation, pooled=pooled)
+
+
+def _evaluate(run: Run, progress: Callable[[str], None] | None) -> Evaluation:
     for name in run.contexts:
         run.do_context(name)
         if progress is not None:
             progress(f"{name}: {len(run.contexts[name])} perturbations scored")
-    scores = run.table.frame()
+    inputs, scores = run.inputs, run.scores()
     table = add_scaled(aggregate(scores), scores, run.splits, tuple(BASELINES))
     return Evaluation(
         scores=scores,
@@ -170,38 +207,45 @@ def run_protocol(
         deltas=run.deltas,
         fold_changes=run.fold_changes,
         cells=sample_cells(
-            run.inputs.observed, run.inputs.predicted, run.contexts, control=control, seed=seed
+            inputs.observed, inputs.predicted, run.contexts, control=run.control, seed=run.seed
         ),
-        excluded=pd.DataFrame(run.inputs.excluded, columns=["context", "perturbation", "reason"]),
+        excluded=pd.DataFrame(inputs.excluded, columns=["context", "perturbation", "reason"]),
         collapse=judge(run.collapse, table),
         meta=_meta(run),
     )
 
 
 def _meta(run: Run) -> dict[str, Any]:
-    inputs, protocol = run.inputs, run.protocol
+    inputs, protocol, hashes = run.inputs, run.protocol, run.inputs.sha256
     rule = "all control cells, as each file brings them"
     if inputs.fold is not None:
         rule = "disjoint halves: input for predictions, reference for the observed change"
+    elif protocol.profile is Profile.strict:
+        rule = "all observed control cells, shared by both sides"
     return {
         "profile": protocol.profile.value,
+        "contexts": run.CONTEXTS,
         "control_rule": rule,
-        "control_floor": floors(inputs, run.keys.control),
+        "control_floor": floors(inputs, run.control),
         "seed": run.seed,
         "num_splits": protocol.num_splits if protocol.ceiling else 0,
         "max_control_cells": protocol.max_control_cells,
         "min_cells": protocol.min_cells,
+        "missing": protocol.missing.value,
+        "match_cells": protocol.match_cells,
+        "normalize": protocol.normalize,
         "num_genes": len(inputs.observed.genes),
-        "num_conditions": sum(len(labels) for labels in run.contexts.values()),
+        "num_conditions": len(inputs.scored),
         "num_contexts": len(run.contexts),
+        "num_predicted_not_scored": inputs.num_not_scored,
         "methods": list(inputs.predicted),
         "genes_sha256": sha256("\n".join(inputs.observed.genes).encode()).hexdigest(),
-        "observed_sha256": table_hash(inputs.observed),
+        "observed_sha256": hashes[OBSERVED],
         "control_folds_sha256": None
         if inputs.fold is None
         else sha256(inputs.fold.tobytes()).hexdigest(),
-        "predicted_sha256": {m: table_hash(t) for m, t in inputs.predicted.items()},
-        "train_sha256": None if inputs.train is None else table_hash(inputs.train),
+        "predicted_sha256": {m: hashes[m] for m in inputs.predicted},
+        "train_sha256": hashes.get(TRAIN),
         "versions": versions(),
-        "warnings": inputs.warnings,
+        "warnings": run.warnings(),
     }

@@ -6,22 +6,28 @@ observed side of every context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
-from scale.config import ProtocolConfig
+from scale.config import Profile, ProtocolConfig
+from scale.evaluate.across_contexts import AcrossContexts, add_rows, split_means
 from scale.evaluate.aggregate import CEILING, CELLS, MEAN, ScoreTable
 from scale.evaluate.baselines import (
     BASELINES,
+    ORACLE,
     WITHOUT_TRAINING,
     Unavailable,
-    count_shift,
+    baseline_cells,
     mean_of,
 )
-from scale.evaluate.checks import CellTable, Keys
+from scale.evaluate.cells import Rows
+from scale.evaluate.checks import CellTable, Condition
 from scale.evaluate.collapse import Collapse
 from scale.evaluate.context import (
     Context,
@@ -31,63 +37,131 @@ from scale.evaluate.context import (
     halves,
     input_of,
     make_context,
+    read_conditions,
     side_of,
 )
-from scale.evaluate.distances import fit_space
-from scale.evaluate.inputs import OBSERVED, read_inputs
+from scale.evaluate.distances import fit_space, random_directions
+from scale.evaluate.inputs import OBSERVED, Inputs
 from scale.evaluate.scoring import Scores, score
 from scale.evaluate.sides import Side, side_of_means
 from scale.evaluate.statistics import Floats
-from scale.evaluate.training import Training
-
-if TYPE_CHECKING:
-    from anndata import AnnData
+from scale.evaluate.training import InputControl, Training
+from scale.evaluate.values import are_identical, num_other_cells
 
 Tables = dict[tuple[str, str], pd.DataFrame]
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a baseline says of a condition: both forms, or why there is none."""
+
+    mean_G: Floats | None
+    cells: sp.csr_matrix | None
+    reason: str = ""
+
+
+def make_baseline(
+    run: Run, method: str, condition: Condition, size: int, control: InputControl
+) -> Made:
+    """Return what a baseline says of a condition: ``size`` cells made from ``control``.
+
+    The draws are the same for every baseline: their differences are not those of the draws.
+    """
+    context, label = condition
+    try:
+        change = BASELINES[method](run.training, context, label)
+    except Unavailable as reason:
+        return Made(None, None, str(reason))
+    mean_G = mean_of(change, run.training.control_mean_G[context])
+    draws = generator(run.seed, "baseline", context, label)
+    try:
+        cells = baseline_cells(method, run.training, condition, change, control, size, draws)
+    except Unavailable as reason:
+        return Made(mean_G, None, str(reason))
+    return Made(mean_G, cells)
+
+
+class Controls(Mapping[str, InputControl]):
+    """Control cells that predictions may start from, by context; read when they are asked for."""
+
+    def __init__(self, table: CellTable, rows: Mapping[str, Rows]) -> None:
+        self._table, self._rows = table, rows
+
+    def __getitem__(self, context: str) -> InputControl:
+        return input_of(self._table, self._rows[context])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
 class Run:
-    """The state of one evaluation: inputs, then tables that grow by context."""
+    """The state of one evaluation: inputs, then tables that grow by context.
+
+    Parameters
+    ----------
+    inputs
+        Checked inputs.
+    training
+        Changes of the training conditions, for the baselines.
+    settings
+        What all contexts share.
+    control
+        Label of the control.
+    protocol
+        Rules.
+    """
+
+    CONTEXTS: ClassVar[str] = "each alone"
 
     def __init__(
         self,
-        predicted: Mapping[str, AnnData],
-        observed: AnnData,
-        train: AnnData | None,
-        keys: Keys,
+        inputs: Inputs,
+        training: Training,
+        settings: Settings,
+        control: str,
         protocol: ProtocolConfig,
-        *,
-        strict: bool,
-        seed: int,
     ) -> None:
-        self.keys, self.protocol, self.seed = keys, protocol, seed
-        self.inputs = read_inputs(
-            predicted, observed, train, keys, protocol, strict=strict, seed=seed
-        )
-        self.contexts = self.inputs.contexts
-        table, control = self.inputs.observed, keys.control
-        folds = {
-            c: r if (f := self.inputs.fold) is None else r[f[r] == 0]
-            for c in self.contexts
-            for r in [self.inputs.rows[(c, control)]]
-        }
-        controls = {c: input_of(table, rows) for c, rows in folds.items()}
-        blocks = [c.values for c in controls.values()]
-        if self.inputs.train is not None:
-            blocks.append(self.inputs.train.values)
-        self.settings = Settings(
-            strict=strict,
-            max_cells=protocol.max_control_cells,
-            seed=seed,
-            space=fit_space(blocks, generator(seed, "principal components")),
-            genes=table.genes,
-        )
-        self.training = Training(self.inputs.train, control, controls)
+        self.inputs, self.training, self.settings = inputs, training, settings
+        self.control, self.protocol, self.seed = control, protocol, settings.seed
+        self.contexts = inputs.contexts
+        self.reference = training
+        """Whose mean response residual metrics take off."""
         self.table = ScoreTable()
         self.deltas: Tables = {}
         self.fold_changes: Tables = {}
         self.collapse: dict[str, Collapse] = {}
+        self._across = AcrossContexts(strict=settings.strict)
         self._splits: list[tuple[int, str, str, str, float]] = []
+        self._identical: Counter[str] = Counter()
+        self._other_controls: dict[str, list[int]] = {}
+
+    @classmethod
+    def start(cls, inputs: Inputs, control: str, protocol: ProtocolConfig, seed: int) -> Run:
+        """Return a run of checked inputs, with what all contexts share."""
+        table, fold = inputs.observed, inputs.fold
+        rows = {c: inputs.rows[(c, control)] for c in inputs.contexts}
+        if fold is not None:
+            rows = {c: r[fold[r] == 0] for c, r in rows.items()}
+        blocks = [table.values.take(r) for r in rows.values()]
+        if inputs.train is not None:
+            blocks.append(inputs.train.values.take(np.arange(len(inputs.train.context))))
+        strict = protocol.profile is Profile.strict
+        space = fit_space(blocks, generator(seed, "principal components"))
+        num_components = space.basis_GK.shape[1]
+        settings = Settings(
+            strict=strict,
+            min_significant=protocol.min_significant,
+            max_cells=protocol.max_control_cells,
+            seed=seed,
+            space=space,
+            direction_KD=random_directions(num_components, generator(seed, "directions")),
+            genes=table.genes,
+        )
+        training = Training(inputs.train, control, Controls(table, rows))
+        return cls(inputs, training, settings, control, protocol)
 
     def do_context(self, name: str) -> None:
         """Score every method in one context."""
@@ -97,51 +171,59 @@ class Run:
             self.contexts[name],
             inputs.observed,
             inputs.rows,
-            control=self.keys.control,
+            control=self.control,
             fold=inputs.fold,
-            training=self.training,
+            training=self.reference,
             settings=self.settings,
         )
         self._keep(OBSERVED, context, context.labels, context.observed)
+        self._across.observe(name, context.labels, context.observed.delta_PG)
         for method, table in inputs.predicted.items():
             self._predicted(method, table, context)
-        if self.protocol.baselines:
-            for method in BASELINES:
-                self._baseline(method, context)
+        for method in self.baselines:
+            self._baseline(method, context)
         if self.protocol.ceiling:
             self._ceiling(context)
+            means, num_P = context.observed.mean_PG, context.observed.num_P
+            oracle = side_of_means(means, num_P, context.input_control)
+            self._score(ORACLE, MEAN, context, oracle)
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Names of the baselines to score."""
+        if not self.protocol.baselines:
+            return ()
+        return tuple(BASELINES) if self.training.changes else WITHOUT_TRAINING
 
     def _predicted(self, method: str, table: CellTable, context: Context) -> None:
         rows = self.inputs.predicted_rows[method]
         control = context.input_control
         if not self.settings.strict:
-            own = table.values[rows[(context.name, self.keys.control)]]
+            own = table.values[rows[(context.name, self.control)]]
             control = control_of(own, self.settings, context.name, "input")
-        cells = [table.values[rows[(context.name, label)]] for label in context.labels]
+            counts = self._other_controls.setdefault(method, [0, 0])
+            counts[0] += num_other_cells(own, context.controls.values)
+            counts[1] += own.shape[0]
+        cells = read_conditions(table, [rows[(context.name, label)] for label in context.labels])
+        self._identical[method] += sum(are_identical(c) for c in cells)
         self._score(method, CELLS, context, side_of(cells, control, self.settings))
 
     def _baseline(self, method: str, context: Context) -> None:
         """Score both forms of a baseline on the conditions for which it exists."""
-        if not self.training.changes and method not in WITHOUT_TRAINING:
-            return
-        inputs = context.inputs
         places, cells, means, missing = [], [], [], {}
         cells_missing = ""
         for place, label in enumerate(context.labels):
-            try:
-                change = BASELINES[method](self.training, context.name, label)
-            except Unavailable as reason:
-                missing[label] = str(reason)
+            size = int(context.observed.num_P[place])
+            made = self._make(method, context, label, size)
+            if made.mean_G is None:
+                missing[label] = made.reason
                 continue
             places.append(place)
-            means.append(mean_of(change, context.input_control.mean_G))
-            size = int(context.observed.num_P[place])
-            # The same draws for every baseline: their differences are not those of the draws.
-            draws = generator(self.seed, "baseline", context.name, label)
-            try:
-                cells.append(count_shift(inputs, change, size, draws))
-            except Unavailable as reason:
-                cells_missing = str(reason)
+            means.append(made.mean_G)
+            if made.cells is not None:
+                cells.append(made.cells)
+            else:
+                cells_missing = made.reason
         if places:
             num_P = context.observed.num_P[places]
             side = side_of_means(np.stack(means), num_P, context.input_control)
@@ -153,6 +235,28 @@ class Run:
                 missing.update({context.labels[p]: cells_missing for p in places})
         if missing:
             self._add_missing(method, context, missing)
+
+    def _make(self, method: str, context: Context, label: str, size: int) -> Made:
+        """Return what a baseline says of a condition."""
+        return make_baseline(self, method, (context.name, label), size, context.inputs)
+
+    def warnings(self) -> list[str]:
+        """Return what a reader must know of the inputs, and of what was found in them."""
+        lines = list(self.inputs.warnings)
+        total = len(self.inputs.scored)
+        for method, count in self._identical.items():
+            if count:
+                lines.append(
+                    f"{method}: within-set collapse: all predicted cells are the same in {count} "
+                    f"of {total} conditions."
+                )
+        for method, (other, num_cells) in self._other_controls.items():
+            if other:
+                lines.append(
+                    f"{method}: predicted controls differ from the observed ones: {other:,} of "
+                    f"{num_cells:,} cells; its changes are measured against its own."
+                )
+        return lines
 
     def _add_missing(self, method: str, context: Context, missing: dict[str, str]) -> None:
         self.table.add_missing(
@@ -175,6 +279,9 @@ class Run:
             observed, predicted = halves(context, self.settings, split)
             scores = score(predicted, observed, context.facts)
             found.append(scores)
+            place = (context.name, context.labels)
+            self._across.observe(*place, observed.delta_PG, split)
+            self._across.add(CEILING, CELLS, *place, predicted.delta_PG, split)
             self._splits += [
                 (split, context.unit, context.name, name, _mean(values))
                 for name, values in scores.values.items()
@@ -188,6 +295,12 @@ class Run:
             mean.values[name] = np.where(defined_P, total_P / count_P, np.nan)
             mean.reasons[name] = np.where(defined_P, "", found[-1].reasons[name])
         self._add(CEILING, CELLS, context, mean, predicted, observed, context.labels)
+
+    def scores(self) -> pd.DataFrame:
+        """Return the long table, with what only all contexts together can tell."""
+        found = self._across.scores()
+        self._splits += split_means(found[found["method"] == CEILING])
+        return add_rows(self.table.frame(), found)
 
     @property
     def splits(self) -> pd.DataFrame:
@@ -209,6 +322,7 @@ class Run:
             observed, facts = observed.take(places), facts.take(places)
             labels = facts.labels
         self._add(method, form, context, score(side, observed, facts), side, observed, labels)
+        self._across.add(method, form, context.name, labels, side.delta_PG)
         if side.cells is not None:
             self.collapse.setdefault(method, Collapse()).add(side, observed)
             self._keep(method, context, labels, side)

@@ -5,15 +5,17 @@ Apart from the baselines because residual metrics take their mean response from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from zlib import crc32
 
 import numpy as np
 import scipy.sparse as sp
 
 from scale.evaluate.checks import CellTable, Rows
 from scale.evaluate.statistics import Floats, column_means, column_sums
+from scale.runtime import derive
 
 NUM_COMPONENTS = 10
 RIDGE = 0.1
@@ -82,9 +84,11 @@ class Training:
     """
 
     def __init__(
-        self, train: CellTable | None, control: str, inputs: dict[str, InputControl]
+        self, train: CellTable | None, control: str, inputs: Mapping[str, InputControl]
     ) -> None:
         self.changes: dict[tuple[str, str], Change] = {}
+        self.rows: dict[tuple[str, str], Rows] = {}
+        self._train = train
         self.mean_G: dict[tuple[str, str], Floats] = {}
         self.control_mean_G = {c: column_means(i.values) for c, i in inputs.items()}
         if train is None:
@@ -119,6 +123,7 @@ class Training:
             smoothed_G = total_G + total_G.size * control_fraction_G
             log_fraction_G = np.log(smoothed_G / smoothed_G.sum() / control_fraction_G)
         self.mean_G[pair] = mean_G
+        self.rows[pair] = rows
         self.changes[pair] = Change(mean_G - control_mean_G, log_fraction_G)
 
     @cached_property
@@ -149,9 +154,70 @@ class Training:
         """Mean change over training contexts of their mean change, or None."""
         if not self.contexts:
             return None
-        return np.asarray(
-            np.mean([Change.mean(self.of_context(c)).delta_G for c in self.contexts], axis=0)
+        return np.asarray(np.mean(list(self._context_delta_G.values()), axis=0))
+
+    def context_change(self, context: str) -> Change:
+        """Mean change of the context's training cells, all perturbations together."""
+        pairs = [pair for pair in self.changes if pair[0] == context]
+        sizes = np.array([len(self.rows[pair]) for pair in pairs], dtype=np.float64)
+        return Change.weighted([self.changes[pair] for pair in pairs], sizes / sizes.sum())
+
+    def other_label(self, context: str, label: str) -> str | None:
+        """Return another training perturbation of the context: random, but the same in every run.
+
+        None where there is none.
+        """
+        others = sorted(p for c, p in self.changes if c == context and p != label)
+        if not others:
+            return None
+        draw = derive(0, crc32(context.encode()), crc32(label.encode()))
+        return others[draw % len(others)]
+
+    def draw(
+        self, context: str, label: str | None, count: int, generator: np.random.Generator
+    ) -> sp.csr_matrix:
+        """Return training cells, drawn with replacement.
+
+        Parameters
+        ----------
+        context, label
+            Whose; None = all perturbations of the context.
+        count
+            Cells to draw.
+        generator
+            Of the draws.
+        """
+        assert self._train is not None
+        pool = np.concatenate(
+            [r for (c, p), r in self.rows.items() if c == context and label in (None, p)]
         )
+        return self._train.values[pool[generator.integers(0, pool.size, size=count)]]
+
+    def effects(self, context: str, label: str) -> Floats | None:
+        """Return an orthonormal basis [K, G] of what is known without their interaction.
+
+        It spans the mean change over all training conditions, over those of the context (if there
+        are any) and over those of the perturbation, each centred over the genes. None where the
+        perturbation is not in training.
+        """
+        own = self.of_label(label)
+        if not own:
+            return None
+        means = [self._mean_delta_G, np.mean([c.delta_G for c in own], axis=0)]
+        if (mean_G := self._context_delta_G.get(context)) is not None:
+            means.append(mean_G)
+        effect_KG = np.stack(means)
+        effect_KG -= effect_KG.mean(axis=1, keepdims=True)
+        _, singular_K, basis_KG = np.linalg.svd(effect_KG, full_matrices=False)
+        return np.asarray(basis_KG[singular_K > 1e-9 * max(float(singular_K[0]), 1e-300)])
+
+    @cached_property
+    def _mean_delta_G(self) -> Floats:
+        return np.asarray(np.mean([c.delta_G for c in self.changes.values()], axis=0))
+
+    @cached_property
+    def _context_delta_G(self) -> dict[str, Floats]:
+        return {c: Change.mean(self.of_context(c)).delta_G for c in self.contexts}
 
     @cached_property
     def _additive(self) -> tuple[Floats, list[Change]]:

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scale.config import Profile, ProtocolConfig
-from scale.evaluate.protocol import run_protocol
+from scale.config import ControlSplit, Profile, ProtocolConfig
+from scale.evaluate.protocol import run_protocol, split_controls
 
 KEYS = {"perturbation_key": "drug", "cell_type_key": "line", "control": "DMSO"}
 TARGET_SUM = 1e4
@@ -72,12 +72,22 @@ def hold_out(adata, pairs):
     return adata[~held].copy(), adata[held | controls].copy()
 
 
+def halved(observed, seed=0):
+    """The same cells with halves of the control cells, where they have none."""
+    if "control_fold" in observed.obs:
+        return observed
+    keys = {key: KEYS[key] for key in ("perturbation_key", "cell_type_key", "control")}
+    return split_controls(observed, **keys, seed=seed)
+
+
 def evaluate(predicted, observed, train=None, *, seed=0, unit_key=None, **protocol):
     if not isinstance(predicted, dict):
         predicted = {"model": predicted}
     protocol = {"baselines": False, "ceiling": False} | protocol
     protocol["profile"] = Profile[protocol.get("profile", "strict")]
     settings = ProtocolConfig(**protocol)
+    if settings.profile is Profile.strict and settings.control_split is ControlSplit.disjoint:
+        observed = halved(observed, seed)
     return run_protocol(
         predicted, observed, train=train, protocol=settings, seed=seed, unit_key=unit_key, **KEYS
     )

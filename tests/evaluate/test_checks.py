@@ -3,11 +3,15 @@
 import logging
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from small_screen import evaluate, hold_out, screen
+from small_screen import KEYS, evaluate, halved, hold_out, screen
+
+from scale.config import ProtocolConfig
+from scale.evaluate.protocol import run_protocol
 
 PAIRS = [("L0", "d0"), ("L0", "d1"), ("L1", "d0")]
 
@@ -185,23 +189,59 @@ def test_every_matrix_type_gives_the_same_scores(pair):
         )
 
 
-def test_float16_is_warned(pair, caplog):
+def test_float16_is_warned(pair):
     observed, predicted = pair
-    evaluate(with_values(predicted, predicted.X.toarray().astype(np.float16)), observed)
-    assert "float16, which holds 3 digits" in caplog.text
+    values = predicted.X.toarray().astype(np.float16)
+    evaluation = evaluate(with_values(predicted, values), observed)
+    assert any("model: X is float16, which holds 3" in w for w in evaluation.meta["warnings"])
 
 
-def test_backed_files_are_read(pair, tmp_path):
-    observed, predicted = pair
-    expected = evaluate(predicted, observed).scores
-    observed.write_h5ad(tmp_path / "o.h5ad")
-    predicted.write_h5ad(tmp_path / "p.h5ad")
-    backed = [ad.read_h5ad(tmp_path / name, backed="r") for name in ("p.h5ad", "o.h5ad")]
+def written(adata, path, matrix):
+    """Write an AnnData whose X and counts are of a type."""
+    made = adata.copy()
+    made.X = matrix(made.X)
+    for name in list(made.layers):
+        made.layers[name] = matrix(made.layers[name])
+    made.write_h5ad(path)
+    return path
+
+
+@pytest.mark.parametrize("matrix", [sp.csr_matrix, sp.csc_matrix, lambda x: x.toarray()])
+def test_files_give_the_bytes_of_cells_in_memory(cells, tmp_path, matrix):
+    train, observed, predicted = cells
+    observed = halved(observed)
+    settings = {"baselines": True, "ceiling": True}
+    expected = evaluate(predicted, observed, train, **settings)
+    names = ("p", "o", "t")
+    paths = [
+        written(adata, tmp_path / f"{name}.h5ad", matrix)
+        for name, adata in zip(names, (predicted, observed, train), strict=True)
+    ]
+    found = run_protocol(
+        {"model": paths[0]}, str(paths[1]), train=paths[2], protocol=ProtocolConfig(), **KEYS
+    )
+    backed = [ad.read_h5ad(path, backed="r") for path in paths]
     try:
-        pd.testing.assert_frame_equal(evaluate(*backed).scores, expected)
+        again = run_protocol(
+            {"model": backed[0]}, backed[1], train=backed[2], protocol=ProtocolConfig(), **KEYS
+        )
     finally:
         for adata in backed:
             adata.file.close()
+    for other in (found, again):
+        pd.testing.assert_frame_equal(other.scores, expected.scores, check_exact=True)
+        for key in ("observed_sha256", "predicted_sha256", "train_sha256"):
+            assert other.meta[key] == expected.meta[key]
+
+
+def test_a_path_that_is_no_anndata_is_an_error(pair, tmp_path):
+    observed, predicted = pair
+    with pytest.raises(FileNotFoundError, match="no file .*nowhere.h5ad"):
+        evaluate(tmp_path / "nowhere.h5ad", observed)
+    with h5py.File(tmp_path / "empty.h5ad", "w"):
+        pass
+    with pytest.raises(ValueError, match=r"empty.h5ad holds nothing; expected an h5ad with X, obs"):
+        evaluate(tmp_path / "empty.h5ad", observed)
 
 
 def test_unequal_cell_numbers_are_warned_and_refused_beyond_twice(pair):
