@@ -268,7 +268,14 @@ def condition_values(scores: pd.DataFrame) -> pd.Series:
     return values
 
 
-def paired_gain(model: pd.Series, rival: pd.Series, *, better: str, units: str = "units") -> Gain:
+def paired_gain(
+    model: pd.Series,
+    rival: pd.Series,
+    *,
+    better: str,
+    units: str = "units",
+    confidence: float = 0.95,
+) -> Gain:
     """Return the gain of ``model`` over ``rival``, condition by condition, then over units.
 
     Differences are averaged in the context, then in the unit; the interval is over units. What a
@@ -282,6 +289,8 @@ def paired_gain(model: pd.Series, rival: pd.Series, *, better: str, units: str =
         ``higher`` or ``lower``.
     units
         What the units are called.
+    confidence
+        Coverage of the interval.
     """
     gain = (model - rival).dropna() * (1.0 if better == "higher" else -1.0)
     units_of = gain.groupby(level="unit")
@@ -291,7 +300,7 @@ def paired_gain(model: pd.Series, rival: pd.Series, *, better: str, units: str =
     return Gain(
         by_unit={str(k): float(v) for k, v in by_unit.items()},
         conditions_by_unit={str(k): int(v) for k, v in units_of.count().items()},
-        interval=t_interval(values, units=units),
+        interval=t_interval(values, confidence=confidence, units=units),
         signs=count_signs(values),
     )
 
