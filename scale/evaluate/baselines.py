@@ -4,7 +4,8 @@ Each baseline gives, per (context, perturbation), an expected change of log1p ex
 log expression fractions. From these come two forms: ``mean``, the exact mean vector, and
 ``cells``, made by count shift: control cells are drawn, counts thinned or added so that the
 expected fractions are met, and the cells normalised again. It keeps zeros and dispersion, which
-adding a change to log values and clipping at 0 does not.
+adding a change to log values and clipping at 0 does not. Two baselines are training cells
+themselves, drawn again.
 """
 
 from __future__ import annotations
@@ -49,6 +50,20 @@ def _context_transfer(training: Training, context: str, label: str) -> Change:
     return Change.mean(changes)
 
 
+def _context_mean(training: Training, context: str, label: str) -> Change:
+    if not training.of_context(context):
+        raise Unavailable("no training perturbation in this context")
+    return training.context_change(context)
+
+
+def _other_perturbation(training: Training, context: str, label: str) -> Change:
+    """Change of a random other perturbation: what cells that know nothing of this one score."""
+    other = training.other_label(context, label)
+    if other is None:
+        raise Unavailable("no other training perturbation in this context")
+    return training.changes[(context, other)]
+
+
 def _additive(training: Training, context: str, label: str) -> Change:
     if label in training.labels:
         return training.additive(context, label)
@@ -85,12 +100,18 @@ BASELINES: dict[str, Callable[[Training, str, str], Change]] = {
     "control_copy": _no_change,
     "perturbation_mean": _perturbation_mean,
     "context_transfer": _context_transfer,
+    "context_mean": _context_mean,
     "additive": _additive,
     "linear": _linear,
     "nearest": _nearest,
+    "other_perturbation": _other_perturbation,
 }
 """Expected change by baseline: (training, context, perturbation) -> change, or Unavailable."""
 WITHOUT_TRAINING = ("control_copy",)
+DRAWN = ("context_mean", "other_perturbation")
+"""Baselines whose cells are training cells, drawn again."""
+ORACLE = "oracle_mean"
+"""The observed mean itself: a ceiling for the form ``mean``, and no baseline."""
 
 
 # --- cells --------------------------------------------------------------------------------------
@@ -99,6 +120,46 @@ WITHOUT_TRAINING = ("control_copy",)
 def mean_of(change: Change, control_mean_G: Floats) -> Floats:
     """Return the mean expression of a condition, not below 0."""
     return np.maximum(control_mean_G + change.delta_G, 0.0)
+
+
+def baseline_cells(
+    name: str,
+    training: Training,
+    condition: tuple[str, str],
+    change: Change,
+    control: InputControl,
+    num_cells: int,
+    generator: np.random.Generator,
+) -> sp.csr_matrix:
+    """Return the cells of a baseline for one (context, perturbation).
+
+    Parameters
+    ----------
+    name
+        Baseline, a key of ``BASELINES``.
+    training
+        Training cells.
+    condition
+        Context and perturbation.
+    change
+        What ``BASELINES[name]`` expects of it.
+    control
+        Control cells of the context that a prediction may start from.
+    num_cells
+        Cells to make.
+    generator
+        Of every draw.
+
+    Raises
+    ------
+    Unavailable
+        If there are no counts to shift.
+    """
+    if name not in DRAWN:
+        return count_shift(control, change, num_cells, generator)
+    context, label = condition
+    source = training.other_label(context, label) if name == "other_perturbation" else None
+    return training.draw(context, source, num_cells, generator)
 
 
 def count_shift(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from scale.evaluate.baselines import BASELINES
+from scale.evaluate.baselines import BASELINES, ORACLE
 from scale.evaluate.verdict import Comparison, compare, headline_metrics
 from scale.plot.bars import CEILING, number
 
@@ -72,7 +72,7 @@ class Findings:
 
     def __post_init__(self) -> None:
         found = list(dict.fromkeys(self.evaluation.aggregate["method"].astype(str)))
-        others = [m for m in found if m not in (CEILING, "observed")]
+        others = [m for m in found if m not in (CEILING, ORACLE, "observed")]
         self.models = [m for m in others if m not in BASELINES]
         self.baselines = [m for m in BASELINES if m in others]
         if not self.models:

@@ -1,8 +1,10 @@
-"""Metrics of one context: arrays of predicted and observed conditions in, one number each out.
+"""The catalogue of metrics, and those of means, of ranks and of cell-eval's gene tables.
 
 Every function takes P conditions at once and returns [P]; NaN means undefined. Who is to blame for
 an undefined value and what it costs is the protocol's business. Names and definitions are those of
-cell-eval 0.8.2 where it has the metric.
+cell-eval 0.8.2 where it has the metric. Elsewhere stand the calibrated metrics of the gene test
+(``significance``), those of whole distributions (``distances``) and those that need all contexts
+(``across_contexts``).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Metric:
     name
         Column name, as cell-eval has it where it has the metric.
     group
-        ``bulk``, ``residual``, ``retrieval``, ``genes`` (gene test), ``cells`` (distribution).
+        ``bulk``, ``residual``, ``contexts`` (over all contexts of the test set), ``retrieval``,
+        ``genes`` (gene test), ``cells`` (distribution).
     better
         ``higher``, ``lower``, or ``none`` for a description.
     no_skill
@@ -48,7 +51,7 @@ class Metric:
     """
 
     name: str
-    group: Literal["bulk", "residual", "retrieval", "genes", "cells"]
+    group: Literal["bulk", "residual", "contexts", "retrieval", "genes", "cells"]
     better: Literal["higher", "lower", "none"]
     no_skill: float
     full_depth: Literal["spearman_brown", "half", "root_half", "same", "no"] = "no"
@@ -66,7 +69,17 @@ def _catalogue() -> dict[str, Metric]:
         Metric("r2_pseudobulk", "bulk", "higher", nan, "no", strict_only=True),
         Metric("mse_normalized", "bulk", "lower", nan, "same", strict_only=True),
         Metric("residual_pearson", "residual", "higher", 0.0, "spearman_brown", strict_only=True),
+        Metric(
+            "residual_pearson_two_way",
+            "residual",
+            "higher",
+            0.0,
+            "spearman_brown",
+            strict_only=True,
+        ),
         Metric("direction_at_100", "residual", "higher", 0.5, "spearman_brown", strict_only=True),
+        Metric("shared_pearson", "contexts", "higher", 0.0, "spearman_brown", strict_only=True),
+        Metric("modulation_pearson", "contexts", "higher", 0.0, "spearman_brown", strict_only=True),
         *(
             Metric(f"discrimination_score_{d}", "retrieval", "higher", 0.5)
             for d in ("l1", "l2", "cosine")
@@ -89,10 +102,15 @@ def _catalogue() -> dict[str, Metric]:
         Metric("de_nsig_counts_real", "genes", "none", nan),
         Metric("de_nsig_counts_pred", "genes", "none", nan),
         Metric("sig_jaccard", "genes", "higher", 0.0, strict_only=True),
+        Metric("sig_mcc", "genes", "higher", 0.0, strict_only=True),
         Metric("lfc_nmae", "genes", "lower", 1.0, strict_only=True),
+        Metric("direction_yield", "genes", "higher", 0.0, strict_only=True),
+        Metric("direction_reach", "genes", "higher", 0.0, strict_only=True),
         Metric("num_significant_ratio", "genes", "none", nan, strict_only=True),
         Metric("energy_distance", "cells", "lower", nan, "same", strict_only=True),
-        Metric("energy_ratio", "cells", "lower", nan, "same", strict_only=True),
+        Metric("energy_ratio", "cells", "lower", 1.0, "same", strict_only=True),
+        Metric("mmd_ratio", "cells", "lower", 1.0, "same", strict_only=True),
+        Metric("sliced_wasserstein", "cells", "lower", nan, "root_half", strict_only=True),
         Metric("variance_log_ratio", "cells", "none", nan, "same", strict_only=True),
         Metric("zero_fraction_error", "cells", "lower", nan, "no", strict_only=True),
     ]
@@ -102,12 +120,32 @@ def _catalogue() -> dict[str, Metric]:
 METRICS = _catalogue()
 """Every metric by name, in the order of the tables."""
 
+PAPER_NAMES = {
+    "PDCorr": "pearson_delta",
+    "MSE": "mse",
+    "MAE": "mae",
+    "R2": "r2_pseudobulk",
+    "PDS": "discrimination_score_l1",
+    "PDS L1": "discrimination_score_l1",
+    "PDS L2": "discrimination_score_l2",
+    "PDS cosine": "discrimination_score_cosine",
+    "DEOver": "overlap_at_N",
+    "DES": "overlap_at_N",
+    "DEPrec": "precision_at_N",
+    "DirAgr": "de_direction_match",
+    "LFCSpear": "de_spearman_lfc_sig",
+    "ES": "de_spearman_sig",
+    "AUPRC": "pr_auc",
+    "AUROC": "roc_auc",
+}
+"""Names of papers (STATE, PerturbDiff, SCALE; PDS and DES of the Virtual Cell Challenge 2025)."""
+
 
 # --- bulk ---------------------------------------------------------------------------------------
 
 
-def pearson(x_PG: Floats, y_PG: Floats) -> Floats:
-    """Return the Pearson correlation of matching rows; NaN where a row is constant.
+def pearson(x_PG: Floats, y_PG: Floats, *, constant: float = CONSTANT) -> Floats:
+    """Return the Pearson correlation of matching rows; NaN where one spreads below ``constant``.
 
     Examples
     --------
@@ -116,7 +154,7 @@ def pearson(x_PG: Floats, y_PG: Floats) -> Floats:
     """
     x_PG = x_PG - x_PG.mean(axis=1, keepdims=True)
     y_PG = y_PG - y_PG.mean(axis=1, keepdims=True)
-    defined_P = (np.ptp(x_PG, axis=1) > CONSTANT) & (np.ptp(y_PG, axis=1) > CONSTANT)
+    defined_P = (np.ptp(x_PG, axis=1) > constant) & (np.ptp(y_PG, axis=1) > constant)
     norm_P = np.linalg.norm(x_PG, axis=1) * np.linalg.norm(y_PG, axis=1)
     r_P = np.full(len(x_PG), np.nan)
     np.divide(np.einsum("pg,pg->p", x_PG, y_PG), norm_P, out=r_P, where=defined_P)
@@ -140,6 +178,12 @@ def r2(predicted_PG: Floats, observed_PG: Floats) -> Floats:
     r2_P = np.full(len(total_P), np.nan)
     np.divide(error_P, total_P, out=r2_P, where=total_P > 0)
     return 1.0 - r2_P
+
+
+def residual(x_PG: Floats, basis_KG: Floats) -> Floats:
+    """Return what an orthonormal basis of centred vectors leaves of each centred row."""
+    x_PG = x_PG - x_PG.mean(axis=1, keepdims=True)
+    return x_PG - (x_PG @ basis_KG.T) @ basis_KG
 
 
 def direction_at(predicted_PG: Floats, observed_PG: Floats, k: int) -> Floats:
@@ -252,25 +296,6 @@ def recall(predicted: GeneTests, observed: GeneTests) -> Floats:
     """Return the share of observed significant genes that the prediction finds."""
     both_PG = observed.significant_PG & predicted.significant_PG
     return _share(both_PG.sum(axis=1), observed.significant_PG.sum(axis=1))
-
-
-def jaccard(predicted: GeneTests, observed: GeneTests) -> Floats:
-    """Return intersection over union of the significant genes; 1 if both are empty."""
-    both_P = (observed.significant_PG & predicted.significant_PG).sum(axis=1)
-    either_P = (observed.significant_PG | predicted.significant_PG).sum(axis=1)
-    return np.where(either_P == 0, 1.0, both_P / np.maximum(either_P, 1))
-
-
-def fold_change_nmae(predicted: GeneTests, observed: GeneTests) -> Floats:
-    """Return sum of abs(L^ - L) over sum of abs(L), over significant genes of finite L.
-
-    1 is what predicting no change earns; a predicted fold change that is not finite reads as 0.
-    """
-    chosen_PG = observed.significant_PG & np.isfinite(observed.lfc_PG)
-    observed_PG = np.where(chosen_PG, observed.lfc_PG, 0.0).astype(np.float64)
-    predicted_PG = np.where(np.isfinite(predicted.lfc_PG), predicted.lfc_PG, 0.0)
-    error_PG = np.where(chosen_PG, np.abs(predicted_PG - observed_PG), 0.0)
-    return _share(error_PG.sum(axis=1), np.abs(observed_PG).sum(axis=1))
 
 
 def _share(part: npt.ArrayLike, whole: npt.ArrayLike) -> Floats:

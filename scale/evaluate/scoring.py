@@ -14,14 +14,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from scale.evaluate import metrics
-from scale.evaluate.distances import energy_distance
+from scale.evaluate import metrics, significance
+from scale.evaluate.distances import energy_distance, sliced_wasserstein, squared_mmd
 from scale.evaluate.metrics import METRICS
 from scale.evaluate.sides import Cells, Side
 from scale.evaluate.statistics import Floats
 
-MIN_SIGNIFICANT = 10
-"""Observed significant genes below which a condition carries no gene-test metric (strict)."""
 _EXPRESSED = 0.05
 """Mean log1p value above which a gene's variance is compared."""
 
@@ -43,26 +41,41 @@ class Facts:
         Profile.
     num_significant_P
         Observed significant genes at full depth.
+    min_significant
+        Those that a condition needs for the metrics of genes (strict).
     reference_mean_G
         Mean over the context's training perturbations of their mean expression; None where the
         context has none.
     reference_delta_G
         Mean change over the other contexts' training perturbations, in its place; None without
         training cells.
-    control_energy_P
-        Energy distance of input control cells to the observed cells.
-    energy_noise
-        Standard deviation of that distance where there is no effect.
+    effects_P
+        Orthonormal bases of what training knows of each condition without its interaction, [K, G];
+        None where it knows nothing of the perturbation.
+    control_energy_P, control_mmd_P
+        Distances of input control cells to the observed cells.
+    energy_noise, mmd_noise
+        Standard deviations of these where there is no effect.
+    spread
+        Squared distance of two observed cells, the scale of the kernels of ``control_mmd_P``.
+    direction_KD
+        Directions of the sliced distance.
     """
 
     labels: tuple[str, ...]
     target_gene_P: tuple[int | None, ...]
     strict: bool
     num_significant_P: npt.NDArray[np.int64]
+    min_significant: int
     reference_mean_G: Floats | None
     reference_delta_G: Floats | None
+    effects_P: tuple[Floats | None, ...]
     control_energy_P: Floats
     energy_noise: float
+    control_mmd_P: Floats
+    mmd_noise: float
+    spread: float
+    direction_KD: Floats
 
     def take(self, places: Sequence[int]) -> Facts:
         """Return the facts of some of the conditions."""
@@ -71,7 +84,9 @@ class Facts:
             labels=tuple(self.labels[p] for p in places),
             target_gene_P=tuple(self.target_gene_P[p] for p in places),
             num_significant_P=self.num_significant_P[places],
+            effects_P=tuple(self.effects_P[p] for p in places),
             control_energy_P=self.control_energy_P[places],
+            control_mmd_P=self.control_mmd_P[places],
         )
 
 
@@ -82,8 +97,8 @@ class Scores:
     values: dict[str, Floats] = field(default_factory=dict)
     reasons: dict[str, npt.NDArray[np.object_]] = field(default_factory=dict)
 
-    def add(self, name: str, values: Floats, reason: str = "") -> None:
-        """Store the values of a metric; ``reason`` applies to those that are undefined."""
+    def add(self, name: str, values: Floats, reason: str | npt.NDArray[np.object_] = "") -> None:
+        """Store the values of a metric; ``reason``, one or [P], applies where undefined."""
         self.values[name] = np.asarray(values, dtype=np.float64)
         self.reasons[name] = np.where(np.isnan(self.values[name]), reason, "").astype(object)
 
@@ -103,10 +118,13 @@ def score(predicted: Side, observed: Side, facts: Facts) -> Scores:
     scores = Scores()
     _bulk(scores, predicted, observed)
     _residual(scores, predicted, observed, facts)
+    _two_way(scores, predicted, observed, facts)
     _retrieval(scores, predicted, observed, facts)
     if predicted.cells is not None and observed.cells is not None:
         _genes(scores, predicted.cells, observed.cells)
-        _distribution(scores, predicted, observed, predicted.cells, observed.cells, facts)
+        _significance(scores, predicted.cells, observed.cells, facts)
+        _distances(scores, predicted.cells, observed.cells, facts)
+        _dispersion(scores, predicted, observed, predicted.cells, observed.cells)
     if facts.strict:
         _apply_strict_rules(scores, facts)
     return scores
@@ -177,6 +195,27 @@ def _residual(scores: Scores, predicted: Side, observed: Side, facts: Facts) -> 
     scores.add("direction_at_100", signs_P, constant)
 
 
+def _two_way(scores: Scores, predicted: Side, observed: Side, facts: Facts) -> None:
+    """Correlation of what neither the context nor the perturbation explains: their interaction.
+
+    What the mean changes of the context, of the perturbation and of both together explain, each
+    from training cells only, is taken off by least squares. Subtracting their sum would leave the
+    noise of the training cells on both sides, which reads as skill. Control copy 0, replicate as
+    large as the interaction is; Spearman-Brown. Our reading of the residual correlation of SCALE
+    (arXiv 2603.17380), of which no formula was published.
+    """
+    values_P = np.full(len(facts.labels), np.nan)
+    reasons_P = np.full(len(facts.labels), f"{DATA}: perturbation not in training", dtype=object)
+    for p, basis_KG in enumerate(facts.effects_P):
+        if basis_KG is not None:
+            left_2G = metrics.residual(
+                np.stack([predicted.delta_PG[p], observed.delta_PG[p]]), basis_KG
+            )
+            values_P[p] = metrics.pearson(left_2G[:1], left_2G[1:])[0]
+            reasons_P[p] = f"{PREDICTION}: no more than context and perturbation"
+    scores.add("residual_pearson_two_way", values_P, reasons_P)
+
+
 def _retrieval(scores: Scores, predicted: Side, observed: Side, facts: Facts) -> None:
     single = f"{DATA}: one perturbation in the context"
     zero_P = np.ptp(predicted.delta_PG, axis=1) < metrics.CONSTANT
@@ -215,28 +254,49 @@ def _genes(scores: Scores, predicted: Cells, observed: Cells) -> None:
     predicted_P = ours.significant_PG.sum(axis=1).astype(np.float64)
     scores.add("de_nsig_counts_real", observed_P)
     scores.add("de_nsig_counts_pred", predicted_P)
-    scores.add("sig_jaccard", metrics.jaccard(ours, truth))
-    scores.add("lfc_nmae", metrics.fold_change_nmae(ours, truth), none)
     ratio_P = _ratio(float(predicted_P.sum()), float(observed_P.sum()), count)
     scores.add("num_significant_ratio", ratio_P, none)
 
 
-def _distribution(
-    scores: Scores, predicted: Side, observed: Side, ours: Cells, truth: Cells, facts: Facts
-) -> None:
-    energy_P = np.array(
-        [
-            energy_distance(x, y, within_x, within_y)
-            for x, y, within_x, within_y in zip(
-                ours.points, truth.points, ours.within_P, truth.within_P, strict=True
-            )
-        ]
+def _significance(scores: Scores, predicted: Cells, observed: Cells, facts: Facts) -> None:
+    ours, truth, target_P = predicted.tests, observed.tests, facts.target_gene_P
+    none = f"{DATA}: no significant gene"
+    scores.add("sig_jaccard", significance.jaccard(ours, truth, target_P))
+    found_P, genes = truth.significant_PG.sum(axis=1), truth.significant_PG.shape[1]
+    fault_P = np.where(
+        (found_P == 0) | (found_P == genes), none, f"{PREDICTION}: calls no gene, or every gene"
     )
-    scores.add("energy_distance", energy_P, f"{PREDICTION}: fewer than 2 cells")
-    noise = facts.energy_noise * len(energy_P) ** 0.5
-    effect = float(facts.control_energy_P.sum())
-    ratio_P = _ratio(float(energy_P.sum()), effect, len(energy_P), noise)
-    scores.add("energy_ratio", ratio_P, f"{DATA}: no effect in this context")
+    scores.add("sig_mcc", significance.matthews(ours, truth), fault_P.astype(object))
+    minimum = max(1, facts.min_significant) if facts.strict else 1
+    error_P = significance.fold_change_nmae(ours, truth, target_P, minimum=minimum)
+    scores.add("lfc_nmae", error_P, f"{DATA}: too few significant genes of finite change")
+    scores.add("direction_yield", significance.direction_yield(ours, truth, target_P), none)
+    scores.add("direction_reach", significance.direction_reach(ours, truth, target_P), none)
+
+
+def _distances(scores: Scores, predicted: Cells, observed: Cells, facts: Facts) -> None:
+    """Distances of sets of cells: alone, and as a share of the control's over the context."""
+    sides = list(zip(predicted.points, observed.points, strict=True))
+    within = zip(predicted.within_P, observed.within_P, strict=True)
+    energy_P = np.array(
+        [energy_distance(x, y, *own) for (x, y), own in zip(sides, within, strict=True)]
+    )
+    few = f"{PREDICTION}: fewer than 2 cells"
+    scores.add("energy_distance", energy_P, few)
+    sliced_P = [sliced_wasserstein(x, y, facts.direction_KD) for x, y in sides]
+    scores.add("sliced_wasserstein", np.array(sliced_P))
+    mmd_P = np.array([squared_mmd(x, y, facts.spread) for x, y in sides])
+    for name, ours_P, control_P, noise in (
+        ("energy_ratio", energy_P, facts.control_energy_P, facts.energy_noise),
+        ("mmd_ratio", mmd_P, facts.control_mmd_P, facts.mmd_noise),
+    ):
+        noise *= len(ours_P) ** 0.5
+        effect = float(control_P.sum())
+        reason = few if effect > 3.0 * noise else f"{DATA}: no effect in this context"
+        scores.add(name, _ratio(float(ours_P.sum()), effect, len(ours_P), noise), reason)
+
+
+def _dispersion(scores: Scores, predicted: Side, observed: Side, ours: Cells, truth: Cells) -> None:
     chosen_PG = (predicted.mean_PG > _EXPRESSED) & (observed.mean_PG > _EXPRESSED)
     chosen_PG &= (truth.variance_PG > 0) & (ours.variance_PG > 0)
     log_ratio_PG = np.full(chosen_PG.shape, np.nan)
@@ -261,12 +321,12 @@ _KEPT_WITHOUT_GENES = (
 
 def _apply_strict_rules(scores: Scores, facts: Facts) -> None:
     """Leave out what the data cannot carry; fill what the prediction made undefined."""
-    weak_P = facts.num_significant_P < MIN_SIGNIFICANT
+    weak_P = facts.num_significant_P < facts.min_significant
     for name, values in scores.values.items():
         row, reasons = METRICS[name], scores.reasons[name]
         if row.group == "genes" and name not in _KEPT_WITHOUT_GENES:
             values[weak_P] = np.nan
-            reasons[weak_P] = f"{DATA}: fewer than {MIN_SIGNIFICANT} significant genes"
+            reasons[weak_P] = f"{DATA}: fewer than {facts.min_significant} significant genes"
         if row.group == "retrieval" and len(facts.labels) < 2:
             values[:] = np.nan
             reasons[:] = f"{DATA}: one perturbation in the context"
