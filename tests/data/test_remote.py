@@ -31,7 +31,7 @@ from scale.types import StoreError
 
 pytest.importorskip("aiohttp")
 
-BLOCK = 2000
+BLOCK = 1_000
 """Bytes of a request in these tests: every shard takes several."""
 
 
