@@ -317,7 +317,8 @@ def collapse_sentence(model: str, facts: dict[str, object]) -> str:
 def banners(evaluation: Evaluation, baselines: Sequence[str]) -> list[str]:
     """Return what a reader must know before any number."""
     lines = []
-    num_units = evaluation.scores["unit"].nunique()
+    scores = evaluation.scores
+    num_units = scores.loc[scores["metric"] == "pearson_delta", "unit"].nunique()
     if num_units == 1:
         lines.append(
             f"One independent unit only, fewer than {MINIMUM_UNITS}: no interval. The scores say "
