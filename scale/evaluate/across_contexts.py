@@ -105,8 +105,8 @@ class AcrossContexts:
         if len(contexts) < 2:
             return [(contexts[0], float("nan"), f"{DATA}: scored in one context")]
         predicted_CG = np.stack(list(predicted.values())).astype(np.float64)
-        observed_CG = np.stack([self._observed[split, c, label] for c in contexts])
-        observed_CG = observed_CG.astype(np.float64)
+        observed = [self._observed[split, context, label] for context in contexts]
+        observed_CG = np.stack(observed).astype(np.float64)
         if name == "shared_pearson":
             values_C = np.full(len(contexts), shared_pearson(predicted_CG, observed_CG))
         else:

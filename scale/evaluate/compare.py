@@ -30,7 +30,7 @@ from scale.evaluate.aggregate import (
     paired_gain,
     unit_word,
 )
-from scale.evaluate.baselines import BASELINES
+from scale.evaluate.baselines import BASELINES, ORACLE
 from scale.evaluate.metrics import METRICS
 from scale.evaluate.statistics import outcome_of
 
@@ -166,7 +166,7 @@ def differences(evaluation: Evaluation) -> pd.DataFrame:
     columns = ["model", "form", "metric", "is_claim", "better", "baseline", "baseline_form"]
     columns += ["unit", "gain_in_unit", "num_conditions", *_OVER_UNITS]
     methods = list(dict.fromkeys(evaluation.aggregate["method"].astype(str)))
-    models = [m for m in methods if m not in (*BASELINES, CEILING)]
+    models = [m for m in methods if m not in (*BASELINES, CEILING, ORACLE)]
     rows = []
     for metric in dict.fromkeys(evaluation.aggregate["metric"].astype(str)):
         for model in models:
@@ -284,7 +284,7 @@ def _sources(
             name, (scores, meta) = str(report), _read(Path(report))
         else:
             scores, meta = report.scores, report.meta
-        methods = set(scores["method"].astype(str)) - {*BASELINES, CEILING}
+        methods = set(scores["method"].astype(str)) - {*BASELINES, CEILING, ORACLE}
         chosen = model if model in methods else next(iter(methods)) if len(methods) == 1 else ""
         if not chosen:
             raise ValueError(

@@ -35,13 +35,13 @@ def _without_target(chosen_PG: Booleans, target_P: Targets | None) -> Booleans:
 
 def _has_direction(lfc_PG: Floats32) -> Booleans:
     """Fold changes with a sign: infinite ones have one, 0 and undefined ones have none."""
-    return ~np.isnan(lfc_PG) & (lfc_PG != 0)
+    return np.asarray(~np.isnan(lfc_PG) & (lfc_PG != 0))
 
 
 def _equal_directions(predicted: GeneTests, observed: GeneTests) -> Booleans:
     """Genes for which both sides have a direction, and the same one."""
     both_PG = _has_direction(predicted.lfc_PG) & _has_direction(observed.lfc_PG)
-    return both_PG & (np.sign(predicted.lfc_PG) == np.sign(observed.lfc_PG))
+    return np.asarray(both_PG & (np.sign(predicted.lfc_PG) == np.sign(observed.lfc_PG)))
 
 
 def jaccard(predicted: GeneTests, observed: GeneTests, target_P: Targets | None = None) -> Floats:

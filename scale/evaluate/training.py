@@ -13,7 +13,8 @@ from zlib import crc32
 import numpy as np
 import scipy.sparse as sp
 
-from scale.evaluate.checks import CellTable, Rows
+from scale.evaluate.cells import Rows
+from scale.evaluate.checks import CellTable
 from scale.evaluate.statistics import Floats, column_means, column_sums
 from scale.runtime import derive
 
