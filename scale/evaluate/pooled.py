@@ -91,10 +91,10 @@ class PooledRun(Run):
         return Made(mean_G, sp.vstack([made.cells for made in parts.values()], format="csr"))
 
     def scores(self) -> pd.DataFrame:
-        """Return the long table, without metrics of residuals: nothing is subtracted here."""
+        """Return the long table, without what subtracts a mean response or needs contexts."""
         scores = super().scores()
         group = scores["metric"].map({name: metric.group for name, metric in METRICS.items()})
-        return scores[group != "residual"].reset_index(drop=True)
+        return scores[~group.isin(("residual", "contexts"))].reset_index(drop=True)
 
 
 def _relabelled(table: CellTable) -> CellTable:

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scale.config import ControlSplit, Profile, ProtocolConfig
+from scale.config import ControlSplit, Missing, Profile, ProtocolConfig
 from scale.evaluate.protocol import run_protocol, split_controls
 
 KEYS = {"perturbation_key": "drug", "cell_type_key": "line", "control": "DMSO"}
@@ -85,6 +85,9 @@ def evaluate(predicted, observed, train=None, *, seed=0, unit_key=None, **protoc
         predicted = {"model": predicted}
     protocol = {"baselines": False, "ceiling": False} | protocol
     protocol["profile"] = Profile[protocol.get("profile", "strict")]
+    for key, kind in (("control_split", ControlSplit), ("missing", Missing)):
+        if key in protocol:
+            protocol[key] = kind[protocol[key]]
     settings = ProtocolConfig(**protocol)
     if settings.profile is Profile.strict and settings.control_split is ControlSplit.disjoint:
         observed = halved(observed, seed)
