@@ -172,10 +172,11 @@ def aggregate(scores: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
             .sum(),
         }
     ).to_dict("index")
-    rows, units = [], unit_word(scores)
+    rows = []
+    units = {m: unit_word(block) for m, block in scores.groupby("metric", sort=False)}
     for key, means in context_means(scores).items():
         method, form, metric = key
-        interval = t_interval(unit_means(means), confidence=confidence, units=units)
+        interval = t_interval(unit_means(means), confidence=confidence, units=units[metric])
         full = over_units({k: full_depth(metric, v) for k, v in means.items()})
         rows.append(
             {

@@ -29,7 +29,7 @@ _COLLAPSED, _SHRUNK = 0.05, 0.5
 _WITHIN_COLLAPSED, _OVER_DISPERSED = 0.5, 2.0
 _COPY_SHARE = 0.95
 _STANDARD_ERRORS = 3.0
-# A condition that was seen this far from its control is seen 3 standard errors from it in a repeat.
+# What was seen this far from nothing is seen 3 standard errors from it in a repeat.
 _CLEAR_STANDARD_ERRORS = 6.0
 _SKILL = ("residual_pearson", "retrieval_l2")
 _SKILL_CONDITIONS = 10
@@ -83,7 +83,7 @@ class Collapse:
         A ratio is NaN where the observed cells give it no ground.
         """
         spread = within = copied = float("nan")
-        if self.observed_spread > _STANDARD_ERRORS * self.observed_error:
+        if self.observed_spread > _CLEAR_STANDARD_ERRORS * self.observed_error:
             spread = self.spread / self.observed_spread
         if self.observed_within > 0:
             within = self.within / self.observed_within

@@ -54,6 +54,7 @@ _MUST_AGREE = {
 }
 """Facts of a report without which two reports are not of the same conditions and rules."""
 _PROMISED = ("observed_sha256", "genes_sha256", "profile", "control_rule")
+_NO_MODELS = (*BASELINES, ORACLE, CEILING)
 _SHOWN = 5
 
 
@@ -130,7 +131,6 @@ def compare(
         raise ValueError(f"only {reference!r} was given; comparing needs a second model")
     sources = {model: _sources(model, found) for model, found in reports.items()}
     _require_same(sources)
-    units = unit_word(sources[reference][0].scores)
     rows = []
     for model in reports:
         if model == reference:
@@ -144,7 +144,7 @@ def compare(
                     {
                         "model": model,
                         "reference": reference,
-                        **_row(*pair, metric, units=units, confidence=confidence),
+                        **_row(*pair, metric, confidence=confidence),
                     }
                 )
     return pd.DataFrame(rows)
@@ -225,7 +225,6 @@ def _row(
     reference: list[_Source],
     metric: str,
     *,
-    units: str,
     confidence: float,
 ) -> dict[str, Any]:
     better = METRICS[metric].better
@@ -236,6 +235,7 @@ def _row(
     # A condition that one seed leaves undefined has no average over the seeds.
     kept = tables[0].notna().all(axis=1) & tables[1].notna().all(axis=1)
     own, rival = (table[kept.reindex(table.index, fill_value=False)] for table in tables)
+    units = unit_word(own.index.to_frame(index=False))
     gain = paired_gain(
         own.mean(axis=1), rival.mean(axis=1), better=better, units=units, confidence=confidence
     )
