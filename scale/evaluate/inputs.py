@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scale.config import ControlSplit, Missing, Profile, ProtocolConfig
 from scale.evaluate import checks
 from scale.evaluate.aggregate import CEILING
-from scale.evaluate.baselines import BASELINES
+from scale.evaluate.baselines import BASELINES, ORACLE
 from scale.evaluate.cells import CellSource, Rows
 from scale.evaluate.checks import CellTable, Condition, Keys
 from scale.evaluate.context import keyed_order
@@ -83,7 +83,7 @@ def read_inputs(
         m: checks.read_table(source, m, keys, table.genes, target_sum=total)
         for m, source in predicted.items()
     }
-    reserved = {OBSERVED, TRAIN, CEILING, *BASELINES} & set(tables)
+    reserved = {OBSERVED, TRAIN, CEILING, ORACLE, *BASELINES} & set(tables)
     if reserved:
         raise ValueError(
             f"predictions may not be called {', '.join(sorted(reserved))}: the names of baselines, "
@@ -91,7 +91,9 @@ def read_inputs(
         )
     trained = None
     if train is not None:
-        trained = checks.read_table(train, TRAIN, keys, table.genes, target_sum=total)
+        trained = checks.read_table(
+            train, TRAIN, keys, table.genes, target_sum=total, cut_genes=True
+        )
     rows = {method: t.rows() for method, t in tables.items()}
     inputs = Inputs(table, tables, trained, table.rows(), rows)
     with_controls = [table, *(() if strict else tables.values())]

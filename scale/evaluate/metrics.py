@@ -77,7 +77,9 @@ def _catalogue() -> dict[str, Metric]:
             "spearman_brown",
             strict_only=True,
         ),
-        Metric("direction_at_100", "residual", "higher", 0.5, "spearman_brown", strict_only=True),
+        # Spearman-Brown reads .82 where a replicate of simulated data has .75: its genes are chosen
+        # by the half that is scored against.
+        Metric("direction_at_100", "residual", "higher", 0.5, strict_only=True),
         Metric("shared_pearson", "contexts", "higher", 0.0, "spearman_brown", strict_only=True),
         Metric("modulation_pearson", "contexts", "higher", 0.0, "spearman_brown", strict_only=True),
         *(

@@ -21,6 +21,7 @@ from scale.runtime import derive
 NUM_COMPONENTS = 10
 RIDGE = 0.1
 MINIMUM_ROWS = 2 * NUM_COMPONENTS
+_POOL_CELLS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Training:
         self.changes: dict[tuple[str, str], Change] = {}
         self.rows: dict[tuple[str, str], Rows] = {}
         self._train = train
+        self._pool: tuple[str, sp.csr_matrix] | None = None
         self.mean_G: dict[tuple[str, str], Floats] = {}
         self.control_mean_G = {c: column_means(i.values) for c, i in inputs.items()}
         if train is None:
@@ -182,17 +184,22 @@ class Training:
         Parameters
         ----------
         context, label
-            Whose; None = all perturbations of the context.
+            Whose; None = all perturbations of the context, of which 2,000 cells are read once.
         count
             Cells to draw.
         generator
             Of the draws.
         """
         assert self._train is not None
-        pool = np.concatenate(
-            [r for (c, p), r in self.rows.items() if c == context and label in (None, p)]
-        )
-        return self._train.values[pool[generator.integers(0, pool.size, size=count)]]
+        if label is not None:
+            rows = self.rows[context, label]
+            return self._train.values[rows[generator.integers(0, rows.size, size=count)]]
+        if self._pool is None or self._pool[0] != context:
+            rows = np.concatenate([r for (c, _), r in self.rows.items() if c == context])
+            order = np.random.default_rng(derive(0, crc32(context.encode()))).permutation(rows.size)
+            self._pool = context, self._train.values[np.sort(rows[order[:_POOL_CELLS]])]
+        pool = self._pool[1]
+        return pool[generator.integers(0, pool.shape[0], size=count)]
 
     def effects(self, context: str, label: str) -> Floats | None:
         """Return an orthonormal basis [K, G] of what is known without their interaction.
