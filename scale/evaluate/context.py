@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
+from scale.evaluate.cache import TableCache
 from scale.evaluate.cells import Rows
 from scale.evaluate.checks import CellTable
 from scale.evaluate.distances import Space, energy_distance, spread, squared_mmd, within_similarity
@@ -45,6 +46,7 @@ class Settings:
     space: Space
     direction_KD: Floats
     genes: tuple[str, ...]
+    cache: TableCache | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,18 @@ def side_of(cells: Sequence[sp.csr_matrix], control: Control, settings: Settings
     return side_of_cells(cells, control, settings.space, max_points=settings.max_cells)
 
 
+def observed_side(
+    cells: Sequence[sp.csr_matrix], control: Control, settings: Settings, *names: str
+) -> Side:
+    """Return a side of observed cells, whose gene tables may be known from another evaluation."""
+    tables = None
+    if settings.cache is not None:
+        tables = settings.cache.gene_tables(cells, control.tested, names)
+    return side_of_cells(
+        cells, control, settings.space, max_points=settings.max_cells, tables=tables
+    )
+
+
 def make_context(
     name: str,
     labels: Sequence[str],
@@ -137,7 +151,7 @@ def make_context(
     if fold is not None:
         reference = control_of(controls.values[reference_rows], settings, name, "reference")
     cells = read_conditions(observed, [rows[(name, label)] for label in labels])
-    side = side_of(cells, reference, settings)
+    side = observed_side(cells, reference, settings, name, "observed", *labels)
     assert side.cells is not None
     significant_P = side.cells.tests.significant_PG.sum(axis=1)
     energy = [
@@ -221,8 +235,10 @@ def halves(context: Context, settings: Settings, split: int) -> tuple[Side, Side
     sides = []
     controls = context.controls.values
     for number, rows in enumerate(_split(controls, settings, context, split, "")):
-        control = control_of(controls[rows], settings, context.name, f"half {split} {number}")
-        sides.append(side_of(parts[number], control, settings))
+        place = (context.name, f"half {split} {number}")
+        control = control_of(controls[rows], settings, *place)
+        side = observed_side(parts[number], control, settings, *place, *context.labels)
+        sides.append(side)
     return sides[0], sides[1]
 
 

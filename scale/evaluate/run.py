@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from scale.evaluate.baselines import (
     baseline_cells,
     mean_of,
 )
+from scale.evaluate.cache import TableCache
 from scale.evaluate.cells import Rows
 from scale.evaluate.checks import CellTable, Condition
 from scale.evaluate.collapse import Collapse
@@ -159,6 +161,7 @@ class Run:
             space=space,
             direction_KD=random_directions(num_components, generator(seed, "directions")),
             genes=table.genes,
+            cache=_cache(table.genes, protocol, seed),
         )
         training = Training(inputs.train, control, Controls(table, rows))
         return cls(inputs, training, settings, control, protocol)
@@ -366,3 +369,11 @@ def _mean(values_P: Floats) -> float:
     """Mean of what is defined; NaN if nothing is."""
     defined = values_P[np.isfinite(values_P)]
     return float(defined.mean()) if defined.size else float("nan")
+
+
+def _cache(genes: tuple[str, ...], protocol: ProtocolConfig, seed: int) -> TableCache | None:
+    """Return the folder of gene tables, if there is to be one."""
+    if protocol.cache is None:
+        return None
+    rules = (protocol.profile.value, str(protocol.max_control_cells), str(seed))
+    return TableCache(Path(protocol.cache), (*rules, *genes))

@@ -50,6 +50,16 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GeneTables:
+    """What the cells of P conditions say of every gene: moments, zeros and the gene test."""
+
+    mean_PG: Floats
+    variance_PG: Floats
+    zeros_PG: Floats
+    tests: GeneTests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cells:
     """What is known of conditions whose cells are given."""
 
@@ -132,28 +142,41 @@ def make_control(
     )
 
 
+def gene_tables(conditions: Sequence[sp.csr_matrix], control: SortedControl) -> GeneTables:
+    """Return the tables of the cells of each condition, tested against ``control``."""
+    pairs = [moments(c) for c in conditions]
+    zeros = [1.0 - np.asarray((c != 0).mean(axis=0)).ravel() for c in conditions]
+    return GeneTables(
+        mean_PG=np.stack([mean_G for mean_G, _ in pairs]),
+        variance_PG=np.stack([variance_G for _, variance_G in pairs]),
+        zeros_PG=np.stack(zeros),
+        tests=gene_tests(control, list(conditions)),
+    )
+
+
 def side_of_cells(
     conditions: Sequence[sp.csr_matrix],
     control: Control,
     space: Space,
     *,
     max_points: int,
+    tables: GeneTables | None = None,
 ) -> Side:
     """Return a side made from the cells of each condition, tested against ``control``.
 
-    Distances use the first ``max_points`` cells of a condition.
+    Distances use the first ``max_points`` cells of a condition; ``tables`` are those of
+    :func:`gene_tables`, where they are known already.
     """
-    pairs = [moments(c) for c in conditions]
+    tables = gene_tables(conditions, control.tested) if tables is None else tables
     points = tuple(space.project(c[:max_points]) for c in conditions)
-    zeros = [1.0 - np.asarray((c != 0).mean(axis=0)).ravel() for c in conditions]
     return Side(
-        mean_PG=np.stack([mean_G for mean_G, _ in pairs]),
+        mean_PG=tables.mean_PG,
         num_P=np.array([c.shape[0] for c in conditions]),
         control=control,
         cells=Cells(
-            variance_PG=np.stack([variance_G for _, variance_G in pairs]),
-            zeros_PG=np.stack(zeros),
-            tests=gene_tests(control.tested, list(conditions)),
+            variance_PG=tables.variance_PG,
+            zeros_PG=tables.zeros_PG,
+            tests=tables.tests,
             points=points,
             within_P=np.array([within_distance(x) for x in points]),
         ),
