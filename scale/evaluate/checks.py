@@ -97,11 +97,12 @@ def read_table(
     genes: Sequence[str] | None,
     *,
     target_sum: float | None = None,
+    cut_genes: bool = False,
 ) -> CellTable:
     """Return the cells of an input in one shape, in the gene order ``genes`` (None = its own).
 
     Values stay where they are until rows of them are asked for. With ``target_sum``, ``X`` holds
-    counts, and is normalised to it.
+    counts, and is normalised to it. With ``cut_genes``, further genes are no error.
 
     Raises
     ------
@@ -123,7 +124,7 @@ def read_table(
             )
     if source.values is None:
         raise ValueError(f"{name}: X is empty; expected log1p of normalised counts")
-    order = _gene_order(source.genes, name, genes)
+    order = _gene_order(source.genes, name, genes, cut=cut_genes)
     counts = source.values if target_sum is not None else source.counts
     cell_type = _labels(obs[keys.cell_type])
     unit = cell_type if keys.unit is None else _labels(obs[keys.unit])
@@ -157,7 +158,9 @@ def _optional(obs: pd.DataFrame, key: str, dtype: Any) -> npt.NDArray[Any] | Non
     return np.asarray(obs[key]).astype(dtype)
 
 
-def _gene_order(names: pd.Index, name: str, genes: Sequence[str] | None) -> Rows | None:
+def _gene_order(
+    names: pd.Index, name: str, genes: Sequence[str] | None, *, cut: bool
+) -> Rows | None:
     """Position of each wanted gene in the input, or None where the order is the same."""
     if not names.is_unique:
         twice = names[names.duplicated()].unique()[:5]
@@ -169,14 +172,15 @@ def _gene_order(names: pd.Index, name: str, genes: Sequence[str] | None) -> Rows
         return None
     missing = [gene for gene in genes if gene not in names]
     extra = names.difference(pd.Index(list(genes)), sort=False).tolist()
-    if missing or extra:
+    if missing or (extra and not cut):
         hint = did_you_mean(missing[0], names.tolist()) if missing else ""
         raise ValueError(
             f"{name}: genes differ from those of observed: {len(missing)} missing "
             f"({', '.join(missing[:5])}), {len(extra)} more ({', '.join(extra[:5])}); "
             f"score on one gene list. {hint}".rstrip()
         )
-    logger.info("%s: genes are in another order; aligned by name", name)
+    told = f"cut by name to {len(genes):,}" if extra else "in another order; aligned by name"
+    logger.info("%s: genes are %s", name, told)
     return np.asarray(names.get_indexer(pd.Index(list(genes))), dtype=np.int64)
 
 

@@ -6,11 +6,11 @@ scale evaluate 'predicted=[mine=a.h5ad,other=b.h5ad]' observed=observed.h5ad per
 """
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -20,6 +20,7 @@ from scale.config import EvaluateConfig, to_yaml
 from scale.data.remote import is_remote
 from scale.data.split import Split
 from scale.data.store import CellSetStore
+from scale.evaluate.cells import CellSource
 from scale.evaluate.protocol import run_protocol
 from scale.evaluate.report import Report
 from scale.plot.curves import read_metrics
@@ -38,8 +39,8 @@ FEWEST_OF_CONDITION = 16
 class Inputs:
     """What is compared, under which names."""
 
-    observed: AnnData
-    train: AnnData | None
+    observed: AnnData | CellSource
+    train: AnnData | CellSource | None
     perturbation_key: str
     cell_type_key: str
     control: str
@@ -55,22 +56,24 @@ def run(config: EvaluateConfig) -> int:
         )
     start_logging(run_dir / "evaluate.log", World(0, 1, 0))
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    predicted = _read_predicted(config.predicted)
-    target_sum = _target_sum(predicted)
-    inputs = _inputs(config, predicted, target_sum)
-    record = RunRecord(run_dir, World(0, 1, 0), {"seed": config.seed, **inputs.facts})
-    evaluation = run_protocol(
-        predicted,
-        inputs.observed,
-        perturbation_key=inputs.perturbation_key,
-        cell_type_key=inputs.cell_type_key,
-        control=inputs.control,
-        unit_key=config.unit_key,
-        train=inputs.train,
-        protocol=config.protocol,
-        seed=config.seed,
-        progress=logger.info,
-    )
+    with ExitStack() as files:
+        predicted = _read_predicted(config.predicted, files)
+        target_sum = config.protocol.normalize or _target_sum(predicted)
+        inputs = _inputs(config, predicted, target_sum, files)
+        record = RunRecord(run_dir, World(0, 1, 0), {"seed": config.seed, **inputs.facts})
+        evaluation = run_protocol(
+            predicted,
+            inputs.observed,
+            perturbation_key=inputs.perturbation_key,
+            cell_type_key=inputs.cell_type_key,
+            control=inputs.control,
+            unit_key=config.unit_key,
+            train=inputs.train,
+            protocol=config.protocol,
+            seed=config.seed,
+            ignore_others=_is_store(config.observed),
+            progress=logger.info,
+        )
     curves = None if config.training_run is None else read_metrics(config.training_run)
     report = Report(
         evaluation, training_metrics=curves, meta={"target_sum": target_sum, **inputs.facts}
@@ -85,30 +88,32 @@ def run(config: EvaluateConfig) -> int:
 # --- predictions --------------------------------------------------------------------------------
 
 
-def _read_predicted(texts: list[str]) -> dict[str, AnnData]:
-    """Read ``PATH`` or ``METHOD=PATH``; one file without a name is called ``model``."""
-    predicted: dict[str, AnnData] = {}
+def _read_predicted(texts: list[str], files: ExitStack) -> dict[str, CellSource]:
+    """Open ``PATH`` or ``METHOD=PATH``; one file without a name is called ``model``."""
+    predicted: dict[str, CellSource] = {}
     for text in texts:
         name, sign, path = text.partition("=")
         if not sign or Path(text).is_file() or "/" in name:
             name, path = ("model" if len(texts) == 1 else Path(text).stem), text
         if name in predicted:
             raise ValueError(f"two predictions are called {name!r}; write predicted=[NAME=PATH,..]")
-        predicted[name] = _read_h5ad(path, "predicted")
+        predicted[name] = _open_h5ad(path, "predicted", files)
     return predicted
 
 
-def _read_h5ad(path: str, key: str) -> AnnData:
+def _open_h5ad(path: str, key: str, files: ExitStack) -> CellSource:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; set {key} to an h5ad")
-    return ad.read_h5ad(path)
+    source = CellSource.of(path)
+    files.callback(source.close)
+    return source
 
 
-def _target_sum(predicted: dict[str, AnnData]) -> float:
+def _target_sum(predicted: dict[str, CellSource]) -> float:
     """Return the counts per cell that the predictions were normalised to."""
     found = {
-        name: float(dict(adata.uns.get("scale", {})).get("target_sum", DEFAULT_TARGET_SUM))
-        for name, adata in predicted.items()
+        name: DEFAULT_TARGET_SUM if source.target_sum is None else source.target_sum
+        for name, source in predicted.items()
     }
     if len(set(found.values())) > 1:
         told = ", ".join(f"{name} {value:g}" for name, value in found.items())
@@ -123,7 +128,12 @@ def _is_store(path: str | None) -> bool:
     return path is not None and (is_remote(path) or (Path(path) / "manifest.json").is_file())
 
 
-def _inputs(config: EvaluateConfig, predicted: dict[str, AnnData], target_sum: float) -> Inputs:
+def _inputs(
+    config: EvaluateConfig,
+    predicted: dict[str, CellSource],
+    target_sum: float,
+    files: ExitStack,
+) -> Inputs:
     observed_store = CellSetStore.open(config.observed) if _is_store(config.observed) else None
     train_path = config.train
     if train_path is None and observed_store is not None:
@@ -138,23 +148,23 @@ def _inputs(config: EvaluateConfig, predicted: dict[str, AnnData], target_sum: f
         split = Split.read(file)
         facts = {"split": file.name, "split_sha256": split.sha256, "part": config.part}
     keys = _keys(config, observed_store or train_store)
+    counts = config.protocol.normalize is not None
+    observed: AnnData | CellSource
+    train: AnnData | CellSource | None = None
+    if train_store is not None and split is not None:
+        train = _training(train_store, split, target_sum, counts=counts)
+    elif train_path is not None:
+        train = _open_h5ad(train_path, "train", files)
     if observed_store is not None and split is not None:
-        observed = _held_out(observed_store, split, config.part, target_sum)
+        cells = _held_out(observed_store, split, config.part, target_sum, counts=counts)
+        observed, train = _same_genes(predicted, cells, train)
         facts["store_fingerprint"] = observed_store.fingerprint
     else:
-        observed = _read_h5ad(config.observed, "observed")
-    train = None
-    if train_store is not None and split is not None:
-        train = _training(train_store, split, target_sum)
-    elif train_path is not None:
-        train = _read_h5ad(train_path, "train")
+        observed = _open_h5ad(config.observed, "observed", files)
     store = observed_store or train_store
     if store is not None and (dose := store.columns["dose"]) is not None:
         told_apart = [observed, *([train] if train is not None else []), *predicted.values()]
         keys["perturbation_key"] = _with_doses(told_apart, keys, dose)
-    if observed_store is not None:
-        observed, train = _same_genes(predicted, observed, train)
-        facts["num_predicted_not_scored"] = _only_held_out(predicted, observed, keys)
     return Inputs(observed, train, **keys, facts=facts)
 
 
@@ -183,17 +193,20 @@ def _keys(config: EvaluateConfig, store: CellSetStore | None) -> dict[str, str]:
     return {name: str(value) for name, value in known.items()}
 
 
-def _held_out(store: CellSetStore, split: Split, part: str, target_sum: float) -> AnnData:
+def _held_out(
+    store: CellSetStore, split: Split, part: str, target_sum: float, *, counts: bool
+) -> AnnData:
     """Observed cells of the part, with the controls of their cell types."""
     held = held_out(store, split, part)
     logger.info(
         "%d %s conditions of %d cell types, %d control conditions",
         *(len(held.treated), part, held.num_cell_types, len(held.controls)),
     )
-    return _normalised(store.to_anndata(sorted(held.treated + held.controls)), target_sum)
+    cells = store.to_anndata(sorted(held.treated + held.controls))
+    return cells if counts else _normalised(cells, target_sum)
 
 
-def _training(store: CellSetStore, split: Split, target_sum: float) -> AnnData:
+def _training(store: CellSetStore, split: Split, target_sum: float, *, counts: bool) -> AnnData:
     """Training cells and the controls of all cell types, for the baselines."""
     is_control = store.conditions["is_control"].to_numpy(dtype=bool)
     part = split.assign(store.conditions, store.perturbations, labels=store.labels)
@@ -203,7 +216,7 @@ def _training(store: CellSetStore, split: Split, target_sum: float) -> AnnData:
         most = max(FEWEST_OF_CONDITION, MOST_TRAINING_CELLS // len(table))
         logger.info("baselines are fitted on at most %d cells of each training condition", most)
     cells = store.to_anndata([int(i) for i in table.index], max_cells=most)
-    return _normalised(cells, target_sum)
+    return cells if counts else _normalised(cells, target_sum)
 
 
 def _normalised(cells: AnnData, target_sum: float) -> AnnData:
@@ -213,15 +226,14 @@ def _normalised(cells: AnnData, target_sum: float) -> AnnData:
     """
     counts = sp.csr_matrix(cells.X, dtype=np.float32)
     library = np.maximum(cells.obs["library"].to_numpy(np.float64), 1.0)
-    values = counts.copy()
     factor = np.repeat(target_sum / library, np.diff(counts.indptr))
-    values.data = np.log1p(counts.data * factor).astype(np.float32)
-    cells.X = values
+    data = np.log1p(counts.data * factor).astype(np.float32)
+    cells.X = sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
     cells.layers["counts"] = counts
     return cells
 
 
-def _with_doses(tables: list[AnnData], keys: dict[str, str], dose: str) -> str:
+def _with_doses(tables: list[AnnData | CellSource], keys: dict[str, str], dose: str) -> str:
     """Tell the doses of a perturbation apart where there are several; return the column to use."""
     label = keys["perturbation_key"]
     observed = tables[0].obs
@@ -237,43 +249,14 @@ def _with_doses(tables: list[AnnData], keys: dict[str, str], dose: str) -> str:
     return name
 
 
-def _only_held_out(
-    predicted: dict[str, AnnData], observed: AnnData, keys: dict[str, str]
-) -> dict[str, int]:
-    """Leave out predicted conditions that are not of the scored part; return how many cells.
-
-    A prediction of everything can so be scored on val and on test. That every held-out condition
-    is predicted is checked by the protocol.
-    """
-    columns = [keys["cell_type_key"], keys["perturbation_key"]]
-
-    def conditions(cells: AnnData) -> pd.MultiIndex:
-        missing = [name for name in columns if name not in cells.obs]
-        if missing:
-            raise ValueError(
-                f"predicted: no column {missing[0]!r} in .obs; it has {', '.join(cells.obs)}"
-            )
-        texts = [cells.obs[name].astype(str).str.strip() for name in columns]
-        return pd.MultiIndex.from_arrays(texts)
-
-    left_out = {}
-    known = conditions(observed).unique()
-    for name, cells in predicted.items():
-        kept = np.asarray(conditions(cells).isin(known))
-        left_out[name] = int((~kept).sum())
-        if left_out[name]:
-            predicted[name] = cells[kept].copy()
-            logger.info("%s: %d cells are not of the scored part", name, left_out[name])
-    return left_out
-
-
 def _same_genes(
-    predicted: dict[str, AnnData], observed: AnnData, train: AnnData | None
-) -> tuple[AnnData, AnnData | None]:
+    predicted: dict[str, CellSource], observed: AnnData, train: AnnData | CellSource | None
+) -> tuple[AnnData, AnnData | CellSource | None]:
     """Cut the store's cells to the genes of the predictions, where the store has more."""
-    genes = next(iter(predicted.values())).var_names
+    genes = next(iter(predicted.values())).genes
     if len(genes) == observed.n_vars or not genes.isin(observed.var_names).all():
         return observed, train
     logger.info("scored on the %d genes of the predictions of %d", len(genes), observed.n_vars)
-    cut = None if train is None or not genes.isin(train.var_names).all() else train[:, genes].copy()
-    return observed[:, genes].copy(), cut
+    if isinstance(train, AnnData):
+        train = train[:, genes].copy() if genes.isin(train.var_names).all() else None
+    return observed[:, genes].copy(), train
