@@ -73,8 +73,8 @@ def hold_out(adata, pairs):
 
 
 def halved(observed, seed=0):
-    """The same cells with halves of the control cells, where they have none."""
-    if "control_fold" in observed.obs:
+    """The same cells with halves of the control cells, where they have none and are in memory."""
+    if not isinstance(observed, ad.AnnData) or "control_fold" in observed.obs:
         return observed
     keys = {key: KEYS[key] for key in ("perturbation_key", "cell_type_key", "control")}
     return split_controls(observed, **keys, seed=seed)

@@ -302,6 +302,139 @@ def test_a_fold_column_must_cover_every_control(pair):
         evaluate(predicted, observed)
 
 
+def test_source_cells_that_are_not_observed_are_warned(pair):
+    observed, predicted = pair
+    predicted.obs["source_cell"] = "elsewhere"
+    evaluation = evaluate(predicted, observed)
+    assert any("no source_cell is a control cell of obs" in w for w in evaluation.meta["warnings"])
+
+
+# --- what a setting lets pass -------------------------------------------------------------------
+
+
+def test_conditions_of_one_input_are_left_out_and_listed_if_asked(pair):
+    observed, predicted = pair
+    in_one = (predicted.obs["drug"] == "d1").to_numpy()
+    other = predicted.copy()
+    names = other.obs["drug"].astype(str)
+    other.obs["drug"] = names.where((other.obs["line"] != "L1") | (names != "d0"), "d9")
+    methods = {"few": predicted[~in_one].copy(), "other": other}
+    evaluation = evaluate(methods, observed, missing="drop")
+    assert set(evaluation.excluded.itertuples(index=False, name=None)) == {
+        ("L0", "d1", "not predicted by few"),
+        ("L1", "d0", "not predicted by other"),
+        ("L1", "d9", "predicted by other, not observed"),
+    }
+    scored = evaluation.scores.query("metric == 'mse'")
+    assert set(zip(scored["context"], scored["perturbation"], strict=True)) == {("L0", "d0")}
+    assert any("3 conditions stand in one input only" in w for w in evaluation.meta["warnings"])
+    rows = ~treated(observed) | (observed.obs["line"] == "L0").to_numpy()
+    rows &= (observed.obs["drug"] != "d1").to_numpy()
+    alone = evaluate(methods["few"][rows[~in_one]].copy(), observed[rows].copy())
+    for metric in ("mse", "mae"):
+        found = evaluation.scores.query(f"method == 'few' and metric == '{metric}'")["value"]
+        assert found.tolist() == alone.scores.query(f"metric == '{metric}'")["value"].tolist()
+    nothing = predicted.copy()
+    nothing.obs["drug"] = names.where(names == "DMSO", "x" + names)
+    with pytest.raises(ValueError, match=r"no condition stands in every input \(6 in some\)"):
+        evaluate(nothing, observed, missing="drop")
+
+
+def test_counts_are_normalised_if_asked(cells):
+    train, observed, predicted = (adata.copy() for adata in cells)
+    counts = observed.layers["counts"]
+    expected = evaluate(observed, observed, train, baselines=True).scores
+    as_counts = [with_values(observed, counts), with_values(observed, counts)]
+    trained = with_values(train, train.layers["counts"])
+    settings = {"baselines": True, "normalize": 1e4}
+    evaluation = evaluate(*as_counts, trained, **settings)
+    assert evaluation.meta["normalize"] == 1e4
+    pd.testing.assert_frame_equal(evaluation.scores, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"model: X holds fractions up to .* takes counts"):
+        evaluate(predicted, as_counts[1], **settings)
+
+
+def test_cells_are_matched_if_asked(pair):
+    observed, predicted = pair
+    rows = np.flatnonzero(treated(predicted))
+    fewer = predicted[np.sort(np.r_[np.flatnonzero(~treated(predicted)), rows[::3]])].copy()
+    evaluation = evaluate(fewer, observed, match_cells=True, min_cells=2)
+    numbers = evaluation.scores.query("metric == 'mse'")
+    sizes = fewer.obs[treated(fewer)].groupby(["line", "drug"], observed=True).size()
+    assert numbers["num_cells_observed"].tolist() == sizes.tolist()
+    assert numbers["num_cells_predicted"].tolist() == sizes.tolist()
+    again = evaluate(fewer, observed, match_cells=True, min_cells=2)
+    pd.testing.assert_frame_equal(evaluation.scores, again.scores, check_exact=True)
+    more = evaluate(observed, fewer, match_cells=True, min_cells=2)
+    assert more.scores.query("metric == 'mse'")["num_cells_predicted"].tolist() == sizes.tolist()
+
+
+# --- what is said beside the numbers ------------------------------------------------------------
+
+
+def test_other_controls_in_the_prediction_are_counted(pair):
+    observed, predicted = pair
+    same = evaluate(predicted, observed, profile="cell_eval")
+    assert not any("predicted controls" in w for w in same.meta["warnings"])
+    values = predicted.X.toarray()
+    spoilt = np.flatnonzero(~treated(predicted))[:7]
+    values[spoilt] = values[spoilt][:, ::-1]
+    changed = with_values(predicted, values)
+    evaluation = evaluate(changed, observed, profile="cell_eval")
+    total = int((~treated(observed)).sum())
+    assert any(
+        f"model: predicted controls differ from the observed ones: 7 of {total} cells" in w
+        for w in evaluation.meta["warnings"]
+    )
+    strict = [evaluate(cells, observed).scores for cells in (predicted, changed)]
+    pd.testing.assert_frame_equal(*strict, check_exact=True)
+
+
+def test_identical_cells_of_a_set_are_said(pair):
+    observed, predicted = pair
+    values = predicted.X.toarray()
+    rows = np.flatnonzero((predicted.obs["drug"] == "d1").to_numpy())
+    values[rows] = values[rows].mean(axis=0)
+    evaluation = evaluate(with_values(predicted, values), observed)
+    assert any(
+        "model: within-set collapse: all predicted cells are the same in 1 of 3" in w
+        for w in evaluation.meta["warnings"]
+    )
+
+
+def test_totals_of_treated_cells_that_differ_are_said(pair):
+    observed, predicted = pair
+    predicted = predicted[treated(predicted)].copy()
+    predicted.X = sp.csr_matrix((predicted.X.expm1() * 0.7).log1p())
+    evaluation = evaluate(predicted, observed)
+    assert any("may have been normalised to another" in w for w in evaluation.meta["warnings"])
+
+
+def test_training_cells_may_have_more_genes(cells):
+    train, observed, predicted = cells
+    some = observed.var_names[::2]
+    cut = [adata[:, some].copy() for adata in (predicted, observed)]
+    settings = {"baselines": True}
+    expected = evaluate(*cut, train[:, some].copy(), **settings)
+    more = evaluate(*cut, train, **settings)
+    pd.testing.assert_frame_equal(more.scores, expected.scores, check_exact=True)
+
+
+def test_values_are_read_for_scored_conditions_only(cells, tmp_path):
+    """Law: what is not scored is not read; a value that is no number there harms nobody."""
+    _, observed, predicted = cells
+    observed = halved(observed)
+    expected = evaluate(predicted, observed, missing="drop").scores
+    extra = observed[(observed.obs["drug"] == "d1").to_numpy()].copy()
+    extra.obs["drug"] = "unpredicted"
+    extra.obs_names = "x" + extra.obs_names
+    extra.X = extra.X * np.float32(np.nan)
+    more = ad.concat([extra, observed], merge="same")
+    more.write_h5ad(tmp_path / "o.h5ad")
+    found = evaluate(predicted, tmp_path / "o.h5ad", missing="drop").scores
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
 def test_names_of_baselines_are_taken(pair):
     observed, predicted = pair
     with pytest.raises(ValueError, match="may not be called additive"):
