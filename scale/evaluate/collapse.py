@@ -48,6 +48,7 @@ class Collapse:
     """Sums over contexts, and the verdict they lead to."""
 
     spread: float = 0.0
+    error: float = 0.0
     observed_spread: float = 0.0
     observed_error: float = 0.0
     within: float = 0.0
@@ -73,9 +74,8 @@ class Collapse:
         if count > 1:
             self.spread += _spread(predicted, predicted.cells)
             self.observed_spread += _spread(observed, observed.cells)
-            self.observed_error = float(
-                np.hypot(self.observed_error, _spread_error(observed, observed.cells))
-            )
+            self.error = _add_error(self.error, predicted, predicted.cells)
+            self.observed_error = _add_error(self.observed_error, observed, observed.cells)
 
     def result(self) -> Facts:
         """Return spread_ratio, within_variance_ratio, copied_share and the verdict.
@@ -98,9 +98,11 @@ class Collapse:
 
     def _verdict(self, spread: float, within: float, copied: float) -> str:
         found = []
+        # With few cells the spread of one response for all is not 0 but its noise.
+        is_noise = self.spread <= _STANDARD_ERRORS * self.error
         if copied > _COPY_SHARE:
             found.append(COPY)
-        elif spread < _COLLAPSED:
+        elif spread < _COLLAPSED or (spread < _SHRUNK and is_noise):
             found.append(ACROSS)
         elif spread < _SHRUNK:
             found.append(SHRUNK)
@@ -162,10 +164,10 @@ def _spread(side: Side, cells: Cells) -> float:
     return float((side.mean_PG.var(axis=0, ddof=1) - noise_G).sum())
 
 
-def _spread_error(side: Side, cells: Cells) -> float:
-    """Standard error of the spread if all perturbations had one response."""
+def _add_error(error: float, side: Side, cells: Cells) -> float:
+    """Add the standard error of a context's spread, if all its perturbations had one response."""
     size_P = _covariance_size(cells) / side.num_P
-    return float(np.sqrt(2.0 / (len(size_P) - 1) * (size_P**2).mean()))
+    return float(np.sqrt(error**2 + 2.0 / (len(size_P) - 1) * (size_P**2).mean()))
 
 
 def _errors_from_control(side: Side, cells: Cells) -> Floats:

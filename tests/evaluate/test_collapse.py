@@ -162,3 +162,17 @@ def test_spread_that_is_noise_is_a_collapse_too():
     assert facts["few"]["spread_ratio"] > 0.05
     assert facts["few"]["verdict"] == "COLLAPSED ACROSS PERTURBATIONS"
     assert "both hold the value of no skill" in report.markdown()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_weak_effects_are_told_from_one_response(seed):
+    """Where the observed spread stands out little, noise is no spread and a repeat no collapse."""
+    screen = Screen(seed, common=0.0, own=0.2)
+    mean = screen.effect.mean(axis=0)
+    predicted = {
+        "repeat": screen.cells(lambda p: screen.effect[p]),
+        "one_response": screen.cells(lambda p: mean),
+    }
+    facts = evaluated(predicted, screen, ceiling=False).evaluation.collapse
+    assert facts["repeat"]["verdict"] == "no collapse"
+    assert facts["one_response"]["verdict"] == "COLLAPSED ACROSS PERTURBATIONS"
