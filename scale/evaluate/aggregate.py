@@ -178,6 +178,7 @@ def aggregate(scores: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
         method, form, metric = key
         interval = t_interval(unit_means(means), confidence=confidence, units=units[metric])
         full = over_units({k: full_depth(metric, v) for k, v in means.items()})
+        bound = over_units({k: full_depth_bound(metric, v) for k, v in means.items()})
         rows.append(
             {
                 "method": method,
@@ -191,6 +192,7 @@ def aggregate(scores: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
                 **{str(name): value for name, value in counts[key].items()},
                 "better": METRICS[metric].better,
                 "mean_full_depth": full if method == CEILING else float("nan"),
+                "mean_full_depth_bound": bound if method == CEILING else float("nan"),
             }
         )
     return pd.DataFrame(rows)
@@ -329,3 +331,15 @@ def full_depth(metric: str, half_depth: float) -> float:
             return half_depth
         case _:
             return float("nan")
+
+
+def full_depth_bound(metric: str, half_depth: float) -> float:
+    """Return the upper end of a ceiling's bracket, for set and ranking metrics of the gene test.
+
+    Spearman-Brown is too high for them (.80 where a replicate has .75): the ceiling lies between
+    half depth and this, which is never to be shown alone. NaN for all other metrics.
+    """
+    row = METRICS[metric]
+    if row.group != "genes" or row.better != "higher" or row.full_depth != "no":
+        return float("nan")
+    return 2 * half_depth / (1 + half_depth) if half_depth > 0 else float("nan")

@@ -102,6 +102,7 @@ class Comparison:
     ``gain`` is positive where the model is better, whichever direction is good; ``low`` and
     ``high`` are its t interval over independent units, NaN with fewer than three. ``gains`` has it
     unit by unit; ``num_conditions`` of the model's ``num_scored`` conditions could be paired.
+    ``ceiling_bound`` is the upper end of the ceiling's bracket where it has no correction.
     """
 
     model: str
@@ -124,6 +125,7 @@ class Comparison:
     num_scored: int = 0
     gains: Gain | None = None
     form: str = ""
+    ceiling_bound: float = float("nan")
 
     @property
     def outcome(self) -> Outcome:
@@ -178,6 +180,7 @@ def compare(
         gain = paired_gain(own, rival, better=better, units=units)
     interval = t_interval(np.array([])) if gain is None else gain.interval
     means = rows["mean"].to_dict()
+    bounds = rows["mean_full_depth_bound"].to_dict() if "mean_full_depth_bound" in rows else {}
     return Comparison(
         model=model,
         metric=metric,
@@ -199,6 +202,7 @@ def compare(
         num_scored=scored,
         gains=gain,
         form=form,
+        ceiling_bound=float(bounds.get(CEILING, float("nan"))),
     )
 
 
@@ -243,6 +247,8 @@ def _ceiling(c: Comparison) -> str:
     text = f"A replicate of half the cells reaches {number(c.ceiling)}"
     if number(c.full_ceiling) != number(c.ceiling):
         text += f" ({number(c.full_ceiling)} carried to all cells)"
+    elif np.isfinite(c.ceiling_bound):
+        text += f" (of all cells at most {number(c.ceiling_bound)})"
     sign = 1.0 if c.better == "higher" else -1.0
     if c.baseline is not None and sign * (c.full_ceiling - c.baseline_value) <= 0:
         text += ", the best baseline is level with it"

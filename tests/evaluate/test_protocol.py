@@ -460,10 +460,11 @@ def test_scaled_scores_by_hand():
     assert found.loc[("additive", "mean"), "scaled"] == pytest.approx(0)
     assert found.loc[("model", "cells"), "baseline_form"] == "mean"
     assert found.loc[("model", "cells"), "ceiling_sd"] == pytest.approx(0.2 / np.sqrt(2))
+    assert found.loc[("model", "cells"), "ceiling_full_depth_sd"] == pytest.approx(0.1 / np.sqrt(2))
     half = table[(table["method"] != "model") | (table["unit"] == "u")]
     few = add_scaled(aggregate(half), half, splits, ["additive"]).set_index(["method", "form"])
     assert few.loc[("model", "cells"), "scaled_reason"] == "covers 1 of 2 conditions"
-    splits["value"] = [1.0, 3.0, 2.0, 4.0]
+    splits["value"] = [-2.0, 6.0, -1.0, 7.0]
     found = add_scaled(aggregate(table), table, splits, ["additive"])
     assert found["scaled"].isna().all()
     assert found["scaled_reason"].str.startswith("no headroom").all()
