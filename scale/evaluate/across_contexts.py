@@ -125,11 +125,29 @@ def add_rows(scores: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
 
     Values of several splits are averaged. All else of a condition is as in its other rows.
     """
-    keys = ["method", "form", "context", "perturbation", "metric"]
-    means = found.groupby(keys, sort=False).agg({"value": "mean", "reason": "first"}).reset_index()
-    rows = scores[scores["metric"] == "pearson_delta"].drop(columns=["metric", "value", "reason"])
-    rows = rows.assign(unit=UNIT).merge(means, on=keys[:-1], how="inner", sort=False)
-    return pd.concat([scores, rows[scores.columns]], ignore_index=True)
+    columns = ["method", "form", "context", "perturbation"]
+    values: dict[tuple[str, ...], list[float]] = {}
+    reasons: dict[tuple[str, ...], str] = {}
+    for value, reason, *key in zip(
+        *(found[name] for name in ["value", "reason", "metric", *columns]), strict=True
+    ):
+        values.setdefault(tuple(key), []).append(value)
+        reasons.setdefault(tuple(key), reason)
+    template = scores[scores["metric"] == "pearson_delta"].assign(unit=UNIT)
+    conditions = list(zip(*(template[name] for name in columns), strict=True))
+    blocks = [scores]
+    for name in NAMES:
+        keys = [(name, *condition) for condition in conditions]
+        present = np.array([key in values for key in keys], dtype=bool)
+        keys = [key for key in keys if key in values]
+        blocks.append(
+            template[present].assign(
+                metric=name,
+                value=[float(np.mean(values[key])) for key in keys],
+                reason=[reasons[key] for key in keys],
+            )
+        )
+    return pd.concat(blocks, ignore_index=True)
 
 
 def split_means(found: pd.DataFrame) -> list[tuple[int, str, str, str, float]]:
