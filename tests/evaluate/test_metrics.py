@@ -3,11 +3,20 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from scipy.stats import spearmanr
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.stats import spearmanr, wasserstein_distance
+from sklearn.metrics import average_precision_score, matthews_corrcoef, roc_auc_score
 
 from scale.evaluate import metrics, significance
-from scale.evaluate.distances import energy_distance, fit_space, within_distance
+from scale.evaluate.across_contexts import modulation_pearson, shared_pearson
+from scale.evaluate.distances import (
+    energy_distance,
+    fit_space,
+    random_directions,
+    sliced_wasserstein,
+    spread,
+    squared_mmd,
+    within_distance,
+)
 from scale.evaluate.statistics import GeneTests
 
 
@@ -92,6 +101,101 @@ def test_infinite_fold_changes_are_left_out_or_read_as_none():
     assert significance.fold_change_nmae(predicted, observed)[0] == 1.0
 
 
+def undirected(seed):
+    """Random tests with infinite, zero and undefined fold changes, ties, and target genes."""
+    predicted, observed = random_tests(seed, 6), random_tests(seed + 1, 6)
+    generator = np.random.default_rng(seed)
+    for table in (predicted, observed):
+        for value in (np.inf, -np.inf, 0.0, np.nan):
+            table.lfc_PG[generator.random(table.lfc_PG.shape) < 0.05] = value
+        table.fdr_PG[:] = np.round(table.fdr_PG, 2)  # ties, which p-values break
+        table.p_PG[:] = table.fdr_PG / 2 + generator.integers(0, 3, table.p_PG.shape) * 1e-3
+    predicted.fdr_PG[4], observed.fdr_PG[5] = 1.0, 1.0
+    return predicted, observed, (None, 7, int(np.argmin(observed.fdr_PG[2])), 0, None, 3)
+
+
+def sign(value):
+    return 0 if np.isnan(value) or value == 0 else (1 if value > 0 else -1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_agreement_of_calls_by_brute_force(seed):
+    predicted, observed, targets = undirected(10 * seed)
+    found = {
+        name: getattr(significance, name)(predicted, observed, targets)
+        for name in ("jaccard", "direction_yield", "direction_reach")
+    }
+    for p, target in enumerate(targets):
+        genes = [g for g in range(60) if g != target]
+        lfc = observed.lfc_PG[p], predicted.lfc_PG[p]
+        real = {g for g in genes if observed.fdr_PG[p, g] < 0.05}
+        called = {g for g in genes if predicted.fdr_PG[p, g] < 0.05}
+        union = real | called
+        assert found["jaccard"][p] == (len(real & called) / len(union) if union else 1.0)
+        equal = {g for g in genes if sign(lfc[0][g]) and sign(lfc[0][g]) == sign(lfc[1][g])}
+        judged = {g for g in called if sign(lfc[0][g])}
+        whole = max(len(judged), len(real))
+        expected = len(judged & equal) / whole if whole else np.nan
+        assert found["direction_yield"][p] == pytest.approx(expected, nan_ok=True)
+
+        def place(g, p=p, called=called):
+            size = abs(predicted.lfc_PG[p, g])
+            rates = predicted.fdr_PG[p, g], predicted.p_PG[p, g]
+            return (g not in called, *rates, 1.0 if np.isnan(size) else -size, g)
+
+        order = sorted((g for g in real if sign(lfc[0][g])), key=place)
+        depths = [k for k in range(1, len(order) + 1) if 10 * len(equal & set(order[:k])) >= 9 * k]
+        expected = max(depths, default=0) / len(real) if real else np.nan
+        assert found["direction_reach"][p] == pytest.approx(expected, nan_ok=True)
+    assert (np.isfinite(found["direction_reach"])).sum() == 5
+
+
+def test_matthews_correlation_equals_scikit_learn():
+    predicted, observed = random_tests(11), random_tests(12)
+    predicted.fdr_PG[3] = 1.0  # calls nothing
+    found = significance.matthews(predicted, observed)
+    for p in range(3):
+        expected = matthews_corrcoef(observed.significant_PG[p], predicted.significant_PG[p])
+        assert found[p] == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(found[3])
+    assert significance.matthews(observed, observed) == pytest.approx(np.ones(4))
+
+
+def test_calls_of_the_truth_are_perfect_and_the_target_gene_counts_for_nothing():
+    observed = random_tests(13)
+    targets = tuple(int(g) for g in observed.fdr_PG.argmin(axis=1))
+    other = table_of(observed.fdr_PG.copy(), observed.lfc_PG.copy())
+    for p, gene in enumerate(targets):
+        other.fdr_PG[p, gene], other.lfc_PG[p, gene] = 1.0, -100 * observed.lfc_PG[p, gene]
+    for name in ("jaccard", "direction_yield", "direction_reach"):
+        assert getattr(significance, name)(other, observed, targets).tolist() == [1.0] * 4
+    for name in ("jaccard", "direction_yield"):
+        assert (getattr(significance, name)(other, observed) < 1).all()
+    assert significance.fold_change_nmae(other, observed, targets).tolist() == [0.0] * 4
+    assert (significance.fold_change_nmae(other, observed) > 0).all()
+
+
+def test_a_prediction_that_calls_nothing_yields_nothing():
+    observed, none = random_tests(14), table_of(np.ones((4, 60)), np.zeros((4, 60)))
+    assert significance.direction_yield(none, observed).tolist() == [0.0] * 4
+    assert significance.direction_reach(none, observed).tolist() == [0.0] * 4
+    assert np.isnan(significance.direction_yield(none, none)).all()
+    enough = int(observed.significant_PG[0].sum())
+    for minimum, defined in ((enough, True), (enough + 1, False)):
+        value = significance.fold_change_nmae(none, observed, minimum=minimum)[0]
+        assert np.isfinite(value) == defined
+
+
+def test_nine_of_ten_signs_are_pure_and_depth_may_recover():
+    fdr = np.linspace(1e-4, 1e-2, 10)[None]
+    observed = table_of(fdr, np.ones((1, 10)))
+    first_wrong = np.ones((1, 10))
+    first_wrong[0, 0] = -1
+    assert significance.direction_reach(table_of(fdr, first_wrong), observed)[0] == 1.0
+    first_wrong[0, 1] = -1
+    assert significance.direction_reach(table_of(fdr, first_wrong), observed)[0] == 0.0
+
+
 @pytest.mark.parametrize("metric", ["l1", "l2", "cosine"])
 def test_retrieval_of_the_truth_is_perfect_and_of_one_answer_is_chance(metric):
     observed_PG = np.random.default_rng(6).normal(size=(9, 30))
@@ -151,6 +255,70 @@ def test_energy_distance_by_its_formula():
     assert within_distance(x) == pytest.approx(mean(x, x, distinct=True), rel=1e-12)
 
 
+def test_mmd_by_its_formula_and_unbiased():
+    generator = np.random.default_rng(15)
+    x, y, scale = generator.normal(size=(6, 3)), generator.normal(1, 1, (7, 3)), 2.5
+
+    def kernel(a, b):
+        square = ((a - b) ** 2).sum()
+        return np.mean([np.exp(-square / (2 * w * scale)) for w in (0.5, 1, 2, 4)])
+
+    def mean(a, b, *, distinct=False):
+        pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if not distinct or i != j]
+        return float(np.mean([kernel(a[i], b[j]) for i, j in pairs]))
+
+    expected = mean(x, x, distinct=True) + mean(y, y, distinct=True) - 2 * mean(x, y)
+    assert squared_mmd(x, y, scale) == pytest.approx(expected, rel=1e-10)
+    squares = [((x[i] - x[j]) ** 2).sum() for i in range(6) for j in range(i)]
+    # the median of an even count is a mean of two distances, not of their squares
+    assert spread([x]) == pytest.approx(np.median(np.sqrt(squares)) ** 2, rel=1e-12)
+    draws = [
+        squared_mmd(generator.normal(size=(12, 3)), generator.normal(size=(30, 3)), 6.0)
+        for _ in range(400)
+    ]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / 20  # false alarm 6e-5
+    assert np.isnan(squared_mmd(x[:1], y, scale))
+    assert np.isnan(squared_mmd(x, y, 0.0))
+
+
+@pytest.mark.parametrize("sizes", [(9, 9), (9, 14), (8, 4), (1, 5)])
+def test_sliced_wasserstein_equals_scipy_in_each_direction(sizes):
+    generator = np.random.default_rng(16)
+    x, y = (generator.normal(p, 1, (size, 4)) for p, size in enumerate(sizes))
+    direction_KD = random_directions(4, generator)
+    assert np.linalg.norm(direction_KD, axis=0) == pytest.approx(np.ones(128))
+    expected = np.mean([wasserstein_distance(x @ d, y @ d) for d in direction_KD.T])
+    assert sliced_wasserstein(x, y, direction_KD) == pytest.approx(expected, rel=1e-12)
+    assert sliced_wasserstein(x, x[::-1], direction_KD) == 0.0
+
+
+def test_a_residual_is_what_least_squares_leave():
+    generator = np.random.default_rng(17)
+    x_PG, effect_KG = generator.normal(size=(2, 30)), generator.normal(size=(3, 30))
+    design = np.column_stack([np.ones(30), *effect_KG])
+    expected = [x - design @ np.linalg.lstsq(design, x, rcond=None)[0] for x in x_PG]
+    centred = effect_KG - effect_KG.mean(axis=1, keepdims=True)
+    basis_KG = np.linalg.svd(centred, full_matrices=False)[2]
+    assert metrics.residual(x_PG, basis_KG) == pytest.approx(np.stack(expected), abs=1e-12)
+
+
+def test_shared_and_modulated_changes_are_told_apart():
+    generator = np.random.default_rng(18)
+    mean_G, apart_CG = generator.normal(size=40), generator.normal(size=(3, 40))
+    apart_CG -= apart_CG.mean(axis=0)
+    truth_CG = mean_G + apart_CG
+    assert shared_pearson(mean_G + 0 * apart_CG, truth_CG) == pytest.approx(1)
+    assert np.isnan(modulation_pearson(mean_G + 0 * apart_CG, truth_CG)).all()
+    assert modulation_pearson(5.0 + apart_CG, truth_CG) == pytest.approx(np.ones(3))
+    assert np.isnan(shared_pearson(5.0 + 1e-9 * apart_CG, truth_CG))
+    wrong_CG = generator.normal(size=(3, 40))
+    expected = [
+        np.corrcoef(w, t)[0, 1]
+        for w, t in zip(wrong_CG - wrong_CG.mean(axis=0), apart_CG, strict=True)
+    ]
+    assert modulation_pearson(wrong_CG, truth_CG) == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(60, 20), (20, 60)])
 def test_principal_components_equal_the_singular_vectors(shape):
     cells = np.random.default_rng(10).gamma(0.5, 1.0, shape).astype(np.float32)
@@ -166,5 +334,6 @@ def test_the_catalogue_names_every_metric_once_with_a_direction():
     for name, row in metrics.METRICS.items():
         assert row.name == name
         assert row.better in ("higher", "lower", "none")
-        if row.group in ("residual", "retrieval"):
+        if row.group in ("residual", "contexts", "retrieval"):
             assert np.isfinite(row.no_skill)
+    assert set(metrics.PAPER_NAMES.values()) <= set(metrics.METRICS)
