@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 FULL_DEPTH = "full depth"
 """Form of the replicate that is carried from half of the cells to all of them."""
 
+POOLED_TITLE = "Pooled over contexts"
+POOLED_WARNING = (
+    "All contexts as one, as some papers score. Differences in the mix of contexts then count as "
+    "an effect: read each number only beside that of the control copy, which knows nothing of any "
+    "perturbation, and beside the scores of each context alone, above."
+)
+
 Kind = Literal["model", "baseline", "ceiling"]
 
 
@@ -51,6 +58,15 @@ class Score:
         if not (np.isfinite(self.low) and np.isfinite(self.high)):
             return ""
         return f"[{number(self.low)}, {number(self.high)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class PooledLine:
+    """One metric pooled over contexts: (method, control copy) of each method."""
+
+    metric: str
+    better: str
+    pairs: tuple[tuple[float, float], ...]
 
 
 _NOTHING = Score(float("nan"), float("nan"), float("nan"))
@@ -113,7 +129,7 @@ class Findings:
         kinds: list[tuple[Kind, Sequence[str]]] = [
             ("model", self.models),
             ("baseline", self.baselines),
-            ("ceiling", [CEILING] if CEILING in forms else []),
+            ("ceiling", [m for m in (ORACLE, CEILING) if m in forms]),
         ]
         for kind, methods in kinds:
             for method in methods:
@@ -121,7 +137,7 @@ class Findings:
                 for form in sorted(forms[method]):  # cells before mean
                     name = f"{words} ({form})" if len(forms[method]) > 1 else words
                     lines.append(Line(method, form, kind, name))
-        if lines[-1].kind == "ceiling" and any(key[1] == FULL_DEPTH for key in self._scores):
+        if lines[-1].method == CEILING and any(key[1] == FULL_DEPTH for key in self._scores):
             lines[-1] = Line(CEILING, lines[-1].form, "ceiling", f"{CEILING}, half the cells")
             lines.append(Line(CEILING, FULL_DEPTH, "ceiling", f"{CEILING}, all cells"))
         return lines
@@ -194,6 +210,56 @@ class Findings:
                 elif not np.isfinite(known):
                     of_method[metric] = value
         return means
+
+    def without_interval(self) -> list[str]:
+        """Why scores of models have no interval, each reason once."""
+        table = self.evaluation.aggregate
+        if "reason" not in table:
+            return []
+        rows = table[table["method"].isin(self.models) & table["metric"].isin(self.headline)]
+        found: dict[str, list[str]] = {}
+        for metric, reason in zip(rows["metric"], rows["reason"].astype(str), strict=True):
+            if reason and metric not in found.setdefault(reason, []):
+                found[reason].append(str(metric))
+        every = len(set(rows["metric"]))
+        return [
+            f"No interval{'' if len(metrics) == every else ' for ' + ', '.join(metrics)}: {reason}."
+            for reason, metrics in found.items()
+        ]
+
+    @property
+    def pooled_evaluation(self) -> Evaluation | None:
+        """The same predictions with all contexts as one; never to be shown alone."""
+        return self.evaluation.pooled
+
+    @property
+    def pooled_methods(self) -> list[str]:
+        """Models of the pooled result."""
+        pooled = self.pooled_evaluation
+        if pooled is None:
+            return []
+        found = dict.fromkeys(pooled.aggregate["method"].astype(str))
+        return [m for m in self.models if m in found]
+
+    @cached_property
+    def pooled(self) -> list[PooledLine]:
+        """The pooled result, metric by metric; empty where nothing was pooled."""
+        pooled = self.pooled_evaluation
+        if pooled is None:
+            return []
+        lines = []
+        for metric, rows in pooled.aggregate.groupby("metric", sort=False):
+            known = rows.drop_duplicates("method").set_index("method")
+            pairs = {
+                str(m): (float(mean), float(copy))
+                for m, mean, copy in zip(
+                    known.index, known["mean"], known["control_copy"], strict=True
+                )
+            }
+            nothing = (float("nan"), float("nan"))
+            of_models = tuple(pairs.get(m, nothing) for m in self.pooled_methods)
+            lines.append(PooledLine(str(metric), str(rows["better"].iloc[0]), of_models))
+        return lines
 
     @property
     def excluded(self) -> pd.DataFrame:

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+_NARROW = 560
+"""Pixels; a wider piece is scrolled on a narrow screen, where its words would be too small."""
+
 STYLE = """
 :root { color-scheme: light; --ink:#26303d; --quiet:#5d6876; --rule:#e3e7ec; --faint:#f6f8fa;
   --good:#00795c; --bad:#b4420a; --blue:#0072b2; }
@@ -27,6 +30,8 @@ p { margin:.5em 0; max-width:76ch; }
 code { font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
 .verdicts { display:grid; gap:14px;
   grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr)); }
+.verdicts.beside { grid-template-columns:repeat(var(--columns),minmax(0,1fr)); }
+@media (max-width:760px) { .verdicts.beside { grid-template-columns:1fr; } }
 .verdict { border:1px solid var(--rule); border-left:4px solid #9aa3af; border-radius:8px;
   padding:12px 16px 13px; }
 .verdict.better { border-left-color:var(--good); } .verdict.worse { border-left-color:var(--bad); }
@@ -50,7 +55,7 @@ code { font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
 .notes li b { font-weight:620; }
 .scroll { overflow-x:auto; margin:1em 0; }
 table { border-collapse:collapse; width:100%; font-size:.88rem; font-variant-numeric:tabular-nums; }
-caption { text-align:left; color:var(--quiet); font-size:.86rem; padding-bottom:.6em; }
+p.wide { max-width:none; }
 th, td { text-align:right; padding:.45em .7em; vertical-align:baseline; }
 th:first-child, td:first-child { text-align:left; padding-left:.2em; }
 td.text, th.text { text-align:left; }
@@ -58,6 +63,7 @@ thead th { font-weight:600; border-bottom:1.5px solid #b9c1cb; vertical-align:bo
   line-height:1.3; }
 thead code { display:block; color:var(--quiet); font-weight:400; font-size:.76em; }
 tbody th { font-weight:500; white-space:nowrap; }
+tbody th, thead th:first-child { position:sticky; left:0; background:#fff; }
 tbody tr { border-bottom:1px solid var(--rule); }
 tbody tr.model th { font-weight:650; }
 tbody tr.first td, tbody tr.first th { border-top:1.5px solid #b9c1cb; }
@@ -68,7 +74,10 @@ td.best::before { content:"\\2022\\00a0"; color:var(--blue); }
 td.best small { font-weight:400; }
 figure { margin:1.6em 0 2.6em; }
 figure h3 { margin:0 0 .3em; }
-figure img { display:block; max-width:100%; height:auto; margin:.2em 0; }
+.pieces { display:flex; flex-wrap:wrap; align-items:flex-start; margin:.2em 0; }
+.pieces img { display:block; flex:none; max-width:100%; height:auto; }
+@media (max-width:760px) { .pieces.wide { overflow-x:auto; flex-wrap:nowrap; }
+  .pieces.wide img { max-width:none; } }
 figcaption { color:var(--quiet); font-size:.88rem; max-width:84ch; }
 details { margin:1em 0; } summary { cursor:pointer; color:var(--blue); font-size:.93rem; }
 dl { display:grid; grid-template-columns:max-content 1fr; gap:.3em 1.4em; font-size:.88rem; }
@@ -114,9 +123,9 @@ def table(
     text_columns
         Numbers of the columns that hold words, counted without the first.
     """
-    parts = ['<div class="scroll"><table>']
-    if caption:
-        parts.append(f"<caption>{escape(caption)}</caption>")
+    # Not a <caption>: on a narrow screen it would be as wide as the table, and cut.
+    parts = [paragraph(caption, "quiet wide")] if caption else []
+    parts.append('<div class="scroll"><table>')
     parts.append("<thead><tr>")
     for place, (heading, small) in enumerate(columns):
         code = f"<code>{escape(small)}</code>" if small else ""
@@ -163,9 +172,11 @@ def points(items: Iterable[tuple[str, str]]) -> str:
     return f'<ul class="points">{"".join(lines)}</ul>'
 
 
-def cards(items: Iterable[str]) -> str:
-    """Return verdict cards beside each other."""
-    return f'<div class="verdicts">{"".join(items)}</div>'
+def cards(items: Iterable[str], *, columns: int = 0) -> str:
+    """Return verdict cards beside each other; ``columns`` 0 = as many as there is room for."""
+    style = f' style="--columns:{columns}"' if columns else ""
+    kind = "verdicts beside" if columns else "verdicts"
+    return f'<div class="{kind}"{style}>{"".join(items)}</div>'
 
 
 def notes(items: Iterable[tuple[str, str, bool]]) -> str:
@@ -178,12 +189,18 @@ def notes(items: Iterable[tuple[str, str, bool]]) -> str:
     return f'<ul class="notes">{"".join(lines)}</ul>' if lines else ""
 
 
-def picture(*, name: str, title: str, caption: str, alt: str, png: bytes, width: int) -> str:
-    """Return a figure whose PNG stands inside the page."""
-    data = b64encode(png).decode("ascii")
+def picture(
+    *, name: str, title: str, caption: str, alt: str, pieces: Sequence[tuple[bytes, int]]
+) -> str:
+    """Return a figure whose PNGs stand inside the page, the first one with its description."""
+    images = "".join(
+        f'<img width="{width}" alt="{escape(alt, quote=True) if place == 0 else ""}" '
+        f'src="data:image/png;base64,{b64encode(data).decode("ascii")}">'
+        for place, (data, width) in enumerate(pieces)
+    )
+    kind = "pieces wide" if max(width for _, width in pieces) > _NARROW else "pieces"
     return (
-        f'<figure id="{escape(name)}"><h3>{escape(title)}</h3>'
-        f'<img width="{width}" alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+        f'<figure id="{escape(name)}"><h3>{escape(title)}</h3><div class="{kind}">{images}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 
 from scale.evaluate import html
-from scale.evaluate.findings import Findings
+from scale.evaluate.findings import POOLED_TITLE, POOLED_WARNING, Findings
 from scale.evaluate.html import Cell, Row
 from scale.evaluate.pictures import Picture, Subject
 from scale.evaluate.text import facts, left_out
 from scale.evaluate.verdict import (
     MEANINGS,
+    Comparison,
     banners,
     collapse_sentence,
     label_of,
@@ -23,9 +24,12 @@ from scale.evaluate.verdict import (
     short_verdict,
 )
 from scale.plot.bars import CEILING, arrow, number
+from scale.plot.canvas import CAN_DRAW
 
 MOST_EXCLUDED = 100
 """Rows of left-out conditions on the page; the file has them all."""
+_MOST_BESIDE = 3
+"""Verdicts beside each other."""
 _EXTREMES = 5
 """Best and worst conditions in their table."""
 
@@ -42,14 +46,19 @@ def build(
     """Return the page."""
     figures = "".join(
         html.picture(
-            name=p.name, title=p.title, caption=p.caption, alt=p.alt, png=p.png, width=p.width
+            name=p.name,
+            title=p.title,
+            caption=p.caption,
+            alt=p.alt,
+            pieces=[(piece.png, piece.width) for piece in p.pieces],
         )
         for p in pictures
     )
     sections = {
         "verdict": ("Verdict", _verdict(findings)),
         "scores": ("Scores", _scores(findings)),
-        "figures": ("Figures", figures or "<p>No figure could be drawn.</p>"),
+        "pooled": (POOLED_TITLE, _pooled(findings)),
+        "figures": ("Figures", figures or html.paragraph(_no_figures())),
         "conditions": ("Best and worst conditions", _conditions(subject)),
         "left-out": (left_out(len(findings.excluded)), _excluded(findings)),
         "made": ("How it was made", html.facts(facts(meta))),
@@ -61,33 +70,57 @@ def build(
     )
 
 
+def _no_figures() -> str:
+    if CAN_DRAW:
+        return "No figure could be drawn."
+    return "matplotlib is not installed, so there are no figures: pip install matplotlib."
+
+
 def _verdict(findings: Findings) -> str:
-    parts = []
-    for model, comparisons in findings.comparisons.items():
-        if len(findings.models) > 1:
-            parts.append(html.heading(model))
-        parts.append(html.paragraph(overall(model, comparisons, findings.verdict(model)), "lead"))
+    parts = [
+        html.paragraph(overall(model, comparisons, findings.verdict(model)), "lead")
+        for model, comparisons in findings.comparisons.items()
+    ]
+    several = len(findings.models) > 1
+    columns = min(len(findings.models), _MOST_BESIDE) if several else 0
+    by_metric: dict[str, list[Comparison]] = {}
+    for comparisons in findings.comparisons.values():
+        for c in comparisons:
+            by_metric.setdefault(c.metric, []).append(c)
+    cards = []
+    for metric, found in by_metric.items():
+        if not found[0].is_claim:
+            continue
+        meaning = _capital(MEANINGS.get(metric, ""))
+        title = f"{label_of(metric)}\N{NO-BREAK SPACE}{arrow(found[0].better)}"
+        row = [
+            html.verdict(
+                title=c.model if several else title,
+                chip=short_verdict(c),
+                outcome=c.outcome,
+                text=_capital(sentence(c)),
+                small="" if several else meaning,
+            )
+            for c in found
+        ]
+        if several:
+            parts.append(html.heading(title) + html.paragraph(meaning, "quiet"))
+            parts.append(html.cards(row, columns=columns))
+        cards += row
+    if not several:
+        parts.append(html.cards(cards))
+    others = [c for found in by_metric.values() for c in found if not c.is_claim]
+    if others:
+        parts.append(html.paragraph("Not claim metrics, for description:", "quiet"))
         parts.append(
-            html.cards(
-                html.verdict(
-                    title=f"{label_of(c.metric)}\N{NO-BREAK SPACE}{arrow(c.better)}",
-                    chip=short_verdict(c),
-                    outcome=c.outcome,
-                    text=_capital(sentence(c)),
-                    small=_capital(MEANINGS.get(c.metric, "")),
+            html.points(
+                (
+                    f"{label_of(c.metric)} {arrow(c.better)}" + (f", {c.model}:" * several),
+                    sentence(c),
                 )
-                for c in comparisons
-                if c.is_claim
+                for c in others
             )
         )
-        others = [c for c in comparisons if not c.is_claim]
-        if others:
-            parts.append(html.paragraph("Not claim metrics, for description:", "quiet"))
-            parts.append(
-                html.points(
-                    (f"{label_of(c.metric)} {arrow(c.better)}", sentence(c)) for c in others
-                )
-            )
     lines = []
     for model in findings.models:
         collapse = findings.evaluation.collapse.get(model, {})
@@ -133,6 +166,7 @@ def _scores(findings: Findings) -> str:
         "half of the observed cells as a prediction of the other half, is the ceiling; it is "
         "carried to all cells where that is possible. ↑ higher is better, ↓ lower.",
     )
+    first += html.notes(("", line, False) for line in findings.without_interval())
     return first + html.fold(f"All {len(findings.metrics)} metrics", _all_metrics(findings))
 
 
@@ -152,6 +186,23 @@ def _all_metrics(findings: Findings) -> str:
         for metric in findings.metrics
     ]
     return html.table([("metric", ""), *((line.name, "") for line in findings.lines)], rows)
+
+
+def _pooled(findings: Findings) -> str:
+    """The result with all contexts as one, each number beside the control copy's."""
+    rows = [
+        Row(
+            f"{pooled.metric} {arrow(pooled.better)}",
+            [text for pair in pooled.pairs for text in map(number, pair)],
+        )
+        for pooled in findings.pooled
+    ]
+    if not rows:
+        return ""
+    columns = [("pooled over contexts", "")]
+    for method in findings.pooled_methods:
+        columns += [(method, "pooled"), ("control copy", "pooled")]
+    return html.table(columns, rows, caption=POOLED_WARNING)
 
 
 def _conditions(subject: Subject) -> str:

@@ -7,7 +7,7 @@ pictures, then what was left out and how it was made.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from scale.config import ProtocolConfig
-from scale.evaluate import page, text
+from scale.evaluate import page, tables, text
+from scale.evaluate.compare import differences
 from scale.evaluate.findings import Findings
 from scale.evaluate.pictures import Subject, draw, draw_summary
 from scale.plot.canvas import png
@@ -31,6 +32,8 @@ FILES = (
     "scores.parquet",
     "scores.csv",
     "aggregate.csv",
+    "differences.csv",
+    "ceiling.csv",
     "excluded.csv",
     "collapse.json",
     "meta.json",
@@ -41,8 +44,12 @@ FILES = (
 )
 """What :meth:`Report.save` writes; the page last, so that it stands for the whole.
 
-``summary.png`` is left out where there is nothing to draw.
+``summary.png`` is left out where there is nothing to draw. Beside them stand the folder
+``cell_eval`` with wide tables of each context, and, in the profile ``paper_pooled``,
+``pooled_over_contexts_scores.csv`` and ``..._aggregate.csv``.
 """
+POOLED_FILES = "pooled_over_contexts"
+"""Beginning of the names of all files with pooled numbers."""
 
 
 class Report:
@@ -149,12 +156,10 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / "scores.parquet") as temporary:
             self.scores.to_parquet(temporary, index=False, compression="zstd")
-        for name, table in (
-            ("scores", self.scores),
-            ("aggregate", self.aggregate),
-            ("excluded", self.evaluation.excluded),
-        ):
-            with atomic_path(folder / f"{name}.csv") as temporary:
+        for name, table in self._csv_tables():
+            path = folder / f"{name}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
                 table.to_csv(temporary, index=False)
         write_json(folder / "collapse.json", _for_json(self.evaluation.collapse))
         write_json(folder / "meta.json", _for_json({"title": self.title, **self.meta}))
@@ -166,6 +171,21 @@ class Report:
             with atomic_path(folder / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
         return folder / "report.html"
+
+    def _csv_tables(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Yield (name without the ending, table) of every CSV file."""
+        yield "scores", self.scores
+        yield "aggregate", self.aggregate
+        yield "differences", differences(self.evaluation)
+        yield "ceiling", tables.ceiling(self.aggregate)
+        yield "excluded", self.evaluation.excluded
+        for path, table in tables.cell_eval_tables(self.scores, self.findings.models):
+            yield str(Path("cell_eval") / path.with_suffix("")), table
+        for context, table in self.evaluation.gene_tables.items():
+            yield str(Path("cell_eval") / f"{tables.file_name(context)}_real_de"), table
+        if (pooled := self.findings.pooled_evaluation) is not None:
+            yield f"{POOLED_FILES}_scores", pooled.scores
+            yield f"{POOLED_FILES}_aggregate", pooled.aggregate
 
     def _repr_markdown_(self) -> str:
         return f"**{self.title}**\n\n{self.subtitle()}\n\n{self.table()}"
@@ -230,24 +250,14 @@ def evaluate(
 
     methods = predicted if isinstance(predicted, Mapping) else {"model": predicted}
     evaluation = run_protocol(
-        {name: _read(source) for name, source in methods.items()},
-        _read(observed),
+        methods,
+        observed,
         perturbation_key=perturbation_key,
         cell_type_key=cell_type_key,
         control=control,
         unit_key=unit_key,
-        train=None if train is None else _read(train),
+        train=train,
         protocol=protocol or ProtocolConfig(),
         seed=seed,
     )
     return Report(evaluation)
-
-
-def _read(source: AnnData | Path | str) -> AnnData:
-    if not isinstance(source, str | Path):
-        return source
-    from anndata import read_h5ad
-
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"no file {source}; give the path of an h5ad")
-    return read_h5ad(source)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scale.evaluate.findings import Findings
+from scale.evaluate.findings import POOLED_TITLE, POOLED_WARNING, Findings
 from scale.evaluate.verdict import banners, collapse_sentence, label_of, overall, sentence
 from scale.plot.bars import arrow, number
 
@@ -49,6 +49,19 @@ def full_table(findings: Findings) -> str:
         name = f"{metric} {arrow(findings.better(metric))}".rstrip()
         rows.append([name, *(number(each[metric]) for each in means.values())])
     return columns(rows)
+
+
+def _pooled(findings: Findings) -> list[str]:
+    """Return the section of the pooled result, nothing where nothing was pooled."""
+    if not findings.pooled:
+        return []
+    rows = [["pooled over contexts"]]
+    for method in findings.pooled_methods:
+        rows[0] += [f"{method}, pooled", "control copy, pooled"]
+    for line in findings.pooled:
+        cells = [number(value) for pair in line.pairs for value in pair]
+        rows.append([f"{line.metric} {arrow(line.better)}".rstrip(), *cells])
+    return [f"## {POOLED_TITLE}", "", POOLED_WARNING, "", columns(rows), ""]
 
 
 def left_out(count: int) -> str:
@@ -95,7 +108,9 @@ def markdown(findings: Findings, *, title: str, subtitle: str, meta: Mapping[str
     lines += ["", "## Scores", "", main_table(findings), ""]
     lines += [
         "Means over contexts; `*` = best of models and baselines; the replicate is the ceiling.",
+        *findings.without_interval(),
         "",
+        *_pooled(findings),
         "## All metrics",
         "",
         "A baseline in its better form; intervals stand in aggregate.csv.",

@@ -16,7 +16,6 @@ from scale.plot.canvas import (
     SMALL_POINTS,
     Axes,
     Figure,
-    Line2D,
     dot,
     few_ticks,
     key,
@@ -125,12 +124,13 @@ def scores(
     order += [CEILING] if CEILING in rows.index else []
     means = rows[["mean", "low", "high"]].to_dict()
     ax = new_axes(ax, width=4.0, height=0.9 + 0.3 * len(order))
+    span = float(rows["mean"].max() - rows["mean"].min())
     for place, method in enumerate(reversed(order)):
         ends = [float(means[name][method]) for name in ("mean", "low", "high")]
-        _bar(ax, place, method, ends, colours.get(method, QUIET))
+        _bar(ax, place, method, ends, colours.get(method, QUIET), is_left=ends[0] < -0.02 * span)
     drawn = rows[["mean", "low", "high"]].to_numpy(np.float64).ravel()
     top = ceiling_of(rows)
-    _leave_room(ax, np.append(drawn, top), is_negative=bool((rows["mean"] < 0).any()))
+    _leave_room(ax, np.append(drawn, top), is_negative=bool((rows["mean"] < -0.02 * span).any()))
     if np.isfinite(top):
         ax.axvline(top, color=REPLICATE, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
     ax.axvline(0, color=QUIET, linewidth=0.8)
@@ -144,7 +144,9 @@ def scores(
     return ax
 
 
-def _bar(ax: Axes, place: int, method: str, values: Sequence[float], colour: str) -> None:
+def _bar(
+    ax: Axes, place: int, method: str, values: Sequence[float], colour: str, *, is_left: bool
+) -> None:
     mean, low, high = values
     hollow = method == CEILING
     ax.barh(
@@ -157,16 +159,16 @@ def _bar(ax: Axes, place: int, method: str, values: Sequence[float], colour: str
         hatch="////" if hollow else None,
         alpha=0.75 if hollow else 1.0,
     )
-    end = mean
+    end = mean if is_left else max(mean, 0.0)
     if np.isfinite(low) and np.isfinite(high):
         ax.plot([low, high], [place, place], color=INK, linewidth=1.1, solid_capstyle="round")
-        end = high if mean >= 0 else low
+        end = low if is_left else max(high, 0.0)
     ax.annotate(
         number(mean),
         (end, place),
-        xytext=(4 if mean >= 0 else -4, 0),
+        xytext=(-4 if is_left else 4, 0),
         textcoords="offset points",
-        ha="left" if mean >= 0 else "right",
+        ha="right" if is_left else "left",
         va="center",
         fontsize=SMALL_POINTS - 1,
         color=INK,
@@ -198,18 +200,12 @@ def score_panels(
     height = num_rows * (0.75 + 0.27 * num_methods)
     figure = new_figure(11.2, height)
     axes = figure.subplots(num_rows, columns, squeeze=False)
-    names: list[str] = []
     for place, ax in enumerate(axes.flat):
         if place >= len(metrics):
-            ax.set_axis_off()
+            ax.remove()
             continue
         metric = metrics[place]
         scores(aggregate, metric, colours=colours, label=labels.get(metric, metric), ax=ax)
-        # names once per row, where the panels of a row have the same methods
-        if place % columns == 0:
-            names = [text.get_text() for text in ax.get_yticklabels()]
-        elif names == [text.get_text() for text in ax.get_yticklabels()]:
-            ax.set_yticklabels([])
     return figure
 
 
@@ -319,89 +315,4 @@ def dumbbells(
         for m in [first, *others]
     ]
     key(ax, handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(handles))
-    return ax
-
-
-def counts(
-    observed: pd.Series,
-    predicted: Mapping[str, pd.Series],
-    *,
-    colours: Mapping[str, str],
-    label: str = "significant genes",
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw counts per condition, predicted against observed, both axes logarithmic above 1."""
-    ax = new_axes(ax, width=4.4, height=4.0)
-    top = 1.0
-    handles = []
-    for method, values in predicted.items():
-        both = pd.concat({"x": observed, "y": values}, axis=1, join="inner").dropna()
-        if both.empty:
-            continue
-        x, y = both["x"].to_numpy(np.float64), both["y"].to_numpy(np.float64)
-        top = max(top, float(x.max()), float(y.max()))
-        colour = colours.get(method, QUIET)
-        ax.scatter(x, y, s=24, color=colour, alpha=0.75, edgecolors=PAPER, linewidths=0.4)
-        ratio = y.sum() / x.sum() if x.sum() > 0 else float("nan")
-        handles.append(dot(colour, f"{method.replace('_', ' ')} ({number(ratio)} ×)"))
-    lowest = min((float(v.min()) for v in [observed, *predicted.values()] if len(v)), default=0.0)
-    limit = top * 1.5
-    ax.plot([0, limit], [0, limit], color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
-    if lowest > 0:
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-    else:  # zero has a place of its own
-        ax.set_xscale("symlog", linthresh=1.0)
-        ax.set_yscale("symlog", linthresh=1.0)
-    low = 0.7 * lowest if lowest > 0 else -0.3
-    ax.set_xlim(low, limit)
-    ax.set_ylim(low, limit)
-    ticks = [t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if lowest <= t <= limit]
-    words = [f"{t:,}" for t in ticks]
-    ax.set_xticks(ticks, words)
-    ax.set_yticks(ticks, words)
-    ax.minorticks_off()
-    ax.set_aspect("equal")
-    ax.set_xlabel(f"{label}, observed")
-    ax.set_ylabel(f"{label}, predicted")
-    tidy(ax, grid="both")
-    key(ax, handles, loc="upper left", title="sum predicted / observed", title_fontsize=7.5)
-    return ax
-
-
-def against_effect(
-    size: pd.Series,
-    values: Mapping[str, pd.Series],
-    *,
-    colours: Mapping[str, str],
-    label: str,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw a score per condition against the size of the observed change."""
-    ax = new_axes(ax, width=4.4, height=3.6)
-    handles: list[Line2D] = []
-    for method, series in values.items():
-        both = pd.concat({"x": size, "y": series}, axis=1, join="inner").dropna()
-        if both.empty:
-            continue
-        hollow = method == CEILING
-        colour = colours.get(method, QUIET)
-        ax.scatter(
-            both["x"],
-            both["y"],
-            s=22,
-            facecolors="none" if hollow else colour,
-            edgecolors=colour if hollow else PAPER,
-            linewidths=0.9 if hollow else 0.4,
-            alpha=0.8,
-            zorder=3 if not handles else 2,
-        )
-        handles.append(dot(colour, method.replace("_", " "), hollow=hollow))
-    ax.axhline(0, color=QUIET, linewidth=0.8)
-    ax.set_xlabel("size of the observed change (Euclidean norm over genes, log1p)")
-    ax.set_ylabel(label)
-    few_ticks(ax, "x")
-    few_ticks(ax, "y")
-    tidy(ax, grid="y")
-    key(ax, handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=max(1, len(handles)))
     return ax

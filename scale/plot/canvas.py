@@ -10,17 +10,34 @@ stay apart under the common kinds of colour blindness.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from io import BytesIO
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+CAN_DRAW = find_spec("matplotlib") is not None
+"""Whether matplotlib is there; without it a report has its tables and no figures."""
+
+if TYPE_CHECKING or CAN_DRAW:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from PIL import Image
+else:
+
+    class Absent:
+        """Stands for matplotlib's classes; says what to install when one is asked for."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            raise ModuleNotFoundError("figures need matplotlib: pip install matplotlib")
+
+    Axes = Figure = Line2D = Normalize = NullFormatter = Absent
 
 __all__ = ["Axes", "Figure", "Line2D", "Normalize", "NullFormatter"]
 
@@ -48,10 +65,12 @@ TITLE_POINTS = 10.5
 LABEL_POINTS = 9.0
 SMALL_POINTS = 8.0
 
-HEAT = LinearSegmentedColormap.from_list(
-    "scale_heat", ["#f7fbff", "#cfe1f0", "#8fbcdc", "#3f8fc4", "#0b5e98", "#083b66"]
-)
-"""Pale to dark blue; lightness falls evenly, so that it also reads in grey."""
+_HEAT = ("#f7fbff", "#cfe1f0", "#8fbcdc", "#3f8fc4", "#0b5e98", "#083b66")
+
+
+def heat_colours() -> LinearSegmentedColormap:
+    """Return pale to dark blue; lightness falls evenly, so that it also reads in grey."""
+    return LinearSegmentedColormap.from_list("scale_heat", list(_HEAT))
 
 
 def method_colours(models: Sequence[str], baselines: Iterable[str] = ()) -> dict[str, str]:
@@ -164,6 +183,20 @@ def few_ticks(ax: Axes, axis: str, bins: int = 5) -> None:
     target.set_major_locator(MaxNLocator(nbins=bins))
 
 
+def logarithmic(ax: Axes) -> None:
+    """Make both axes logarithmic, with numbers as one writes them; call it after the limits."""
+    for axis, limits, set_scale in (
+        (ax.xaxis, ax.get_xlim(), ax.set_xscale),
+        (ax.yaxis, ax.get_ylim(), ax.set_yscale),
+    ):
+        set_scale("log")
+        is_short = limits[1] < 100 * limits[0]
+        steps = (1.0, 2.0, 5.0) if is_short else (1.0,)
+        axis.set_major_locator(LogLocator(subs=steps))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
 def thousands(ax: Axes) -> None:
     """Write the numbers of the x axis as 1k, 20k."""
     ax.xaxis.set_major_formatter(
@@ -195,6 +228,109 @@ def shorten(text: str, length: int = 26) -> str:
 
 def png(figure: Figure, *, dpi: int = 144) -> bytes:
     """Return the figure as PNG; equal figures give equal bytes (no date, no version inside)."""
+    return _as_png(_drawn(figure, dpi))
+
+
+def column_edges(figure: Figure) -> list[float]:
+    """Return where a figure can be cut between its columns of panels: inches from the left.
+
+    Panels above each other are one column; a colour bar belongs to the panel at its left. The
+    first edge is 0, the last one the width of the figure.
+    """
+    figure.draw_without_rendering()
+    found = []
+    for ax in figure.axes:
+        box = ax.get_tightbbox()
+        if box is not None:
+            found.append((box.x0, box.x1, ax.get_subplotspec() is not None))
+    columns: list[list[float]] = []
+    for left, right, is_panel in sorted(found):
+        if columns and (left < columns[-1][1] or not is_panel):
+            columns[-1][1] = max(columns[-1][1], right)
+        else:
+            columns.append([left, right])
+    cuts = [(a[1] + b[0]) / 2 / figure.dpi for a, b in zip(columns, columns[1:], strict=False)]
+    return [0.0, *cuts, float(figure.get_figwidth())]
+
+
+def png_pieces(figure: Figure, *, dpi: int = 144) -> list[tuple[bytes, float]]:
+    """Return the columns of a figure and its legend as PNGs of their own, each with its width.
+
+    Side by side they are the figure; on a narrow screen they stand below each other at a size
+    that can be read. Widths are in inches.
+    """
+    edges, bottom = column_edges(figure), 0.0
+    height = float(figure.get_figheight())
+    boxes = []
+    for legend in figure.legends:
+        box = legend.get_window_extent().padded(6.0)
+        bottom = box.y1 / figure.dpi
+        boxes.append((max(0.0, box.x0 / figure.dpi), height - bottom, box.x1 / figure.dpi, height))
+    sides = zip(edges, edges[1:], strict=False)
+    boxes = [*((a, 0.0, b, height - bottom) for a, b in sides), *boxes]
+    image = _drawn(figure, dpi)
+    pieces = []
+    for left, top, right, low in boxes:
+        # rounded inwards: beyond the image a crop is black
+        ends = (right * dpi, low * dpi)
+        corner = [min(math.floor(x), size) for x, size in zip(ends, image.size, strict=True)]
+        cropped = image.crop((round(left * dpi), round(top * dpi), *corner))
+        pieces.append((_as_png(cropped), right - left))
+    return pieces
+
+
+def _drawn(figure: Figure, dpi: int) -> Image.Image:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return Image.open(buffer).convert("RGB")
+
+
+def _as_png(image: Image.Image) -> bytes:
+    """Return the image in 128 colours, which takes a third of the bytes of all of them."""
+    buffer = BytesIO()
+    few = image.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
+
+
+def end_labels(
+    ax: Axes, ends: Sequence[tuple[float, float, str, str]], *, gap: float = 0.06
+) -> None:
+    """Write the name of each line at its right end, none on top of another.
+
+    Parameters
+    ----------
+    ends
+        (x, y, text, colour) of the last point of every line.
+    gap
+        Least distance of two names, as a share of the height of the axes.
+    """
+    low, high = ax.get_ylim()
+    step = gap * (high - low)
+    placed = -np.inf
+    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
+        placed = max(y, placed + step)
+        ax.annotate(
+            text,
+            (x, y),
+            xytext=(1.02, (placed - low) / (high - low)),
+            textcoords=("axes fraction", "axes fraction"),
+            va="center",
+            fontsize=SMALL_POINTS,
+            color=text_on_paper(colour),
+            annotation_clip=False,
+        )
+
+
+def text_on_paper(colour: str) -> str:
+    """Return ``colour`` darkened until it can be read as text on white.
+
+    Examples
+    --------
+    >>> text_on_paper("#000000")
+    '#000000'
+    """
+    red, green, blue = to_rgb(colour)
+    light = 0.299 * red + 0.587 * green + 0.114 * blue
+    share = min(1.0, 0.45 / light) if light > 0 else 1.0
+    return "#" + "".join(f"{round(255 * share * part):02x}" for part in (red, green, blue))

@@ -12,7 +12,6 @@ import scipy.sparse as sp
 
 from scale.plot.canvas import (
     CONTROL,
-    HEAT,
     INK,
     LABEL_POINTS,
     OBSERVED,
@@ -23,6 +22,7 @@ from scale.plot.canvas import (
     Axes,
     dot,
     few_ticks,
+    heat_colours,
     key,
     method_colours,
     new_axes,
@@ -134,7 +134,16 @@ def delta(
     ax.plot([-limit, limit], [-limit, limit], color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
     if len(x) > _MANY_POINTS:
         extent = (-limit, limit, -limit, limit)
-        ax.hexbin(x, y, gridsize=56, bins="log", mincnt=1, cmap=HEAT, extent=extent, linewidths=0)
+        ax.hexbin(
+            x,
+            y,
+            gridsize=56,
+            bins="log",
+            mincnt=1,
+            cmap=heat_colours(),
+            extent=extent,
+            linewidths=0,
+        )
     else:
         ax.scatter(x, y, s=11, color=colour, alpha=0.5, linewidths=0)
     ax.set_xlim(-limit, limit)

@@ -6,29 +6,44 @@ import numpy as np
 import pandas as pd
 
 from scale.plot.canvas import (
-    HEAT,
     INK,
     QUIET,
     SMALL_POINTS,
     Axes,
     Figure,
     Normalize,
+    heat_colours,
     ink_on,
     tidy,
 )
 
 
 def heat(
-    table: pd.DataFrame, *, label: str, better: str = "higher", title: str, figure: Figure, ax: Axes
+    table: pd.DataFrame,
+    *,
+    label: str,
+    better: str = "higher",
+    limits: tuple[float, float] | None = None,
+    title: str,
+    figure: Figure,
+    ax: Axes,
 ) -> Axes:
-    """Draw a table of numbers as a heat map with the numbers inside; darker is better."""
+    """Draw a table of numbers as a heat map with the numbers inside; darker is better.
+
+    Parameters
+    ----------
+    limits
+        Numbers of the palest and the darkest colour; None = those of the table.
+    """
     values = table.to_numpy(np.float64)
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if limits is not None:
+        low, high = limits
     if high - low < 1e-12:
         high = low + 1.0
-    scale = Normalize(low, high)
-    cmap = HEAT if better == "higher" else HEAT.reversed()
+    scale = Normalize(low, high, clip=True)
+    cmap = heat_colours() if better == "higher" else heat_colours().reversed()
     image = ax.imshow(values, cmap=cmap, norm=scale, aspect="auto")
     for i, j in np.ndindex(*values.shape):
         number = values[i, j]

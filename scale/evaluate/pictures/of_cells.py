@@ -10,7 +10,7 @@ import pandas as pd
 
 from scale.evaluate.pictures.subject import Picture, Subject, picture_of, row_of
 from scale.evaluate.verdict import label_of
-from scale.plot.canvas import Figure, dot, figure_key, new_figure
+from scale.plot.canvas import CAN_DRAW, Figure, dot, figure_key, new_figure
 from scale.plot.cells import distribution
 from scale.plot.plane import (
     embedding,
@@ -34,7 +34,7 @@ def draw_cells(subject: Subject) -> list[Picture]:
     if cells is None or cells.n_obs < 3:
         return []
     role = cells.obs["role"].astype(str)
-    models = [m for m in subject.models if _drawn(cells, m)][:3]
+    models = [m for m in subject.shown if _drawn(cells, m)]
     return [
         *(_draw_planes(subject, cells, model) for model in models),
         *_draw_distributions(subject, cells, role),
@@ -43,6 +43,8 @@ def draw_cells(subject: Subject) -> list[Picture]:
 
 def draw_summary(subject: Subject) -> Figure | None:
     """Return the one figure for a README: scores, cells, and the median condition."""
+    if not CAN_DRAW:
+        return None
     examples, cells = subject.examples(), subject.evaluation.cells
     tables = _changes(subject, subject.model)
     if not examples or tables is None or cells is None:

@@ -54,35 +54,41 @@ def _three_scatters(
     caption: str,
     unit: str,
 ) -> list[Picture]:
-    model = subject.model
     examples = {
         rank: condition
         for rank, condition in subject.examples().items()
-        if has_row(tables, "observed", condition) and has_row(tables, model, condition)
+        if all(has_row(tables, m, condition) for m in ("observed", subject.model))
     }
     if not examples:
         return []
-    figure = new_figure(3.73 * len(examples), 3.85)
-    axes = figure.subplots(1, len(examples), squeeze=False)[0]
+    models = subject.shown
+    figure = new_figure(3.73 * len(examples), 3.85 * len(models))
+    axes = figure.subplots(len(models), len(examples), squeeze=False)
     told = []
-    for ax, (rank, condition) in zip(axes, examples.items(), strict=True):
-        observed = row_of(tables, "observed", condition)
-        predicted = row_of(tables, model, condition)
-        delta(
-            predicted,
-            observed,
-            colour=subject.colours[model],
-            title=f"{rank}: {subject.name(condition)}",
-            unit=unit,
-            ax=ax,
-        )
-        finite = np.isfinite(observed.to_numpy()) & np.isfinite(predicted.to_numpy())
-        r = pearson(observed.to_numpy()[finite], predicted.to_numpy()[finite])
-        told.append(f"{rank.lower()} {subject.name(condition, 80)} r = {number(r)}")
+    for row, model in enumerate(models):
+        for ax, (rank, condition) in zip(axes[row], examples.items(), strict=True):
+            if not has_row(tables, model, condition):
+                ax.set_axis_off()
+                continue
+            observed = row_of(tables, "observed", condition)
+            predicted = row_of(tables, model, condition)
+            words = f"{rank}: {subject.name(condition)}"
+            delta(
+                predicted,
+                observed,
+                colour=subject.colours[model],
+                title=words if len(models) == 1 else f"{model}\n{words}",
+                unit=unit,
+                ax=ax,
+            )
+            finite = np.isfinite(observed.to_numpy()) & np.isfinite(predicted.to_numpy())
+            r = pearson(observed.to_numpy()[finite], predicted.to_numpy()[finite])
+            told.append(f"{model}, {rank.lower()} {subject.name(condition, 80)}, r = {number(r)}")
     ranked = subject.ranking()
-    by = "" if ranked is None else f" Conditions are ranked by {label_of(ranked[0]).lower()}."
-    alt = f"{title} of {model}: {'; '.join(told)}."
-    return [picture_of(name, f"{title}: {model}", caption + by, alt, figure)]
+    of_whom = "" if len(models) == 1 else f" of {subject.model}"
+    by = "" if ranked is None else f" Conditions are ranked by {label_of(ranked[0]).lower()}"
+    alt = f"{title}: {'; '.join(told)}."
+    return [picture_of(name, title, f"{caption}{by}{of_whom}.", alt, figure)]
 
 
 def draw_effects(subject: Subject) -> list[Picture]:
@@ -94,7 +100,7 @@ def draw_effects(subject: Subject) -> list[Picture]:
     figure = new_figure(3.73 * len(examples), 4.1)
     axes = figure.subplots(1, len(examples), squeeze=False)[0]
     best = subject.best_baseline("pearson_delta")
-    methods = ["observed", *([best] if best else []), *reversed(subject.models[:3])]
+    methods = ["observed", *([best] if best else []), *reversed(subject.shown)]
     for ax, (rank, condition) in zip(axes, examples.items(), strict=True):
         effect(
             {m: row_of(deltas, m, condition) for m in methods if has_row(deltas, m, condition)},

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
+from scale.evaluate.pictures.of_comparisons import figure_of
 from scale.evaluate.pictures.subject import Picture, Subject, picture_of
 from scale.evaluate.verdict import label_of
 from scale.plot.bars import (
     CEILING,
-    against_effect,
     better_forms,
     condition_values,
-    counts,
     dumbbells,
     number,
     score_panels,
     strip,
 )
-from scale.plot.canvas import Figure, new_figure, shorten
+from scale.plot.canvas import new_figure, shorten
 from scale.plot.curves import training_panels
 from scale.plot.heat import heat
 
@@ -87,12 +85,10 @@ def draw_overlap(subject: Subject) -> list[Picture]:
     first = subject.values(metric, subject.model)
     if first.empty:
         return []
-    methods = [subject.model]
     best = subject.best_baseline(metric)
-    methods += [best] if best else []
-    methods += [m for m in subject.models[1:3] if not subject.values(metric, m).empty]
-    methods += [CEILING] if not subject.values(metric, CEILING).empty else []
-    series = {m: subject.values(metric, m) for m in methods}
+    order = [subject.model, *([best] if best else []), *subject.shown[1:], CEILING]
+    known = subject.rivals(metric)
+    series = {m: known[m] for m in order if m in known}
     axes = dumbbells(
         series,
         colours=subject.colours,
@@ -109,15 +105,9 @@ def draw_overlap(subject: Subject) -> list[Picture]:
             "Overlap of significant genes per condition; mean over conditions: "
             + ", ".join(f"{m.replace('_', ' ')} {v}" for m, v in mean.items())
             + ".",
-            _figure_of(axes),
+            figure_of(axes),
         )
     ]
-
-
-def _figure_of(axes: object) -> Figure:
-    figure = getattr(axes, "figure", None)
-    assert isinstance(figure, Figure)
-    return figure
 
 
 def draw_strips(subject: Subject) -> list[Picture]:
@@ -191,68 +181,3 @@ def draw_contexts(subject: Subject) -> list[Picture]:
             figure,
         )
     ]
-
-
-def draw_significant(subject: Subject) -> list[Picture]:
-    """Numbers of significant genes, and the score against the size of the effect."""
-    pictures = []
-    observed = subject.values("de_nsig_counts_real", subject.model)
-    predicted = {
-        m: values
-        for m in [
-            *reversed([b for b in [subject.best_baseline("overlap_at_N")] if b]),
-            *subject.models,
-        ]
-        if not (values := subject.values("de_nsig_counts_pred", m)).empty
-    }
-    sized = _effect_sizes(subject)
-    ranked = subject.ranking()
-    halves = [bool(predicted) and not observed.empty, ranked is not None and not sized.empty]
-    if not any(halves):
-        return []
-    figure = new_figure(11.2 if all(halves) else 5.6, 4.2)
-    axes = list(figure.subplots(1, sum(halves), squeeze=False)[0])
-    told, captions = [], []
-    if halves[0]:
-        counts(observed, predicted, colours=subject.colours, ax=axes.pop(0))
-        captions.append(
-            "Left: significant genes (false discovery rate below 5 %) per condition, predicted "
-            "against observed; above the dashed line a method calls too many."
-        )
-        told += [
-            f"{m.replace('_', ' ')} calls {number(float(v.sum()))} significant genes where "
-            f"{number(float(observed.sum()))} are observed"
-            for m, v in predicted.items()
-        ]
-    if halves[1] and ranked is not None:
-        metric = ranked[0]
-        names = [subject.model, *([b] if (b := subject.best_baseline(metric)) else []), CEILING]
-        shown = {m: v for m in names if not (v := subject.values(metric, m)).empty}
-        against_effect(
-            sized, shown, colours=subject.colours, label=subject.words(metric), ax=axes.pop(0)
-        )
-        captions.append(
-            "Right: a score against the size of the observed change; weak responses "
-            "are hard for everyone, the replicate included."
-        )
-        told.append(f"{label_of(metric)} against the size of the observed change")
-    pictures.append(
-        picture_of(
-            "significant",
-            "Significant genes, and the size of the effect",
-            " ".join(captions),
-            "; ".join(told) + ".",
-            figure,
-        )
-    )
-    return pictures
-
-
-def _effect_sizes(subject: Subject) -> pd.Series:
-    sizes = {
-        (context, str(perturbation)): float(np.linalg.norm(row))
-        for (method, context), table in subject.evaluation.deltas.items()
-        if method == "observed"
-        for perturbation, row in zip(table.index, table.to_numpy(np.float64), strict=True)
-    }
-    return pd.Series(sizes, dtype=np.float64)

@@ -10,14 +10,29 @@ import pandas as pd
 
 from scale.evaluate.verdict import form_of, headline_metrics, label_of
 from scale.plot.bars import CEILING, arrow, better_forms, condition_values
-from scale.plot.canvas import Figure, method_colours, png, shorten
+from scale.plot.canvas import Figure, method_colours, png_pieces, shorten
 from scale.plot.cells import pretty
 
 if TYPE_CHECKING:
     from scale.evaluate.protocol import Evaluation
 
+_DOTS = 96.0
+MOST_PIXELS = 1075.0
+
 Condition = tuple[str, str]
 """(context, perturbation)."""
+
+
+MOST_MODELS = 3
+"""Models drawn beside each other; the tables have all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A PNG and the pixels at which it is shown; it holds more, for dense screens."""
+
+    png: bytes
+    width: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +43,8 @@ class Picture:
     title: str
     caption: str
     alt: str
-    png: bytes
-    width: int
-    """Pixels at which it is shown; the PNG holds more, for dense screens."""
+    pieces: tuple[Piece, ...]
+    """From left to right; a narrow screen shows them below each other."""
 
 
 class Subject:
@@ -58,6 +72,17 @@ class Subject:
     def model(self) -> str:
         """The first model: the one whose conditions are shown."""
         return self.models[0]
+
+    @property
+    def shown(self) -> list[str]:
+        """The models that are drawn beside each other."""
+        return self.models[:MOST_MODELS]
+
+    def rivals(self, metric: str, *, ceiling: bool = True) -> dict[str, pd.Series]:
+        """Values per condition of models, the best baseline and the replicate, where defined."""
+        names = [*self.shown, self.best_baseline(metric), CEILING if ceiling else None]
+        found = {m: self.values(metric, m) for m in names if m is not None}
+        return {m: values for m, values in found.items() if not values.empty}
 
     def methods_of(self, metric: str) -> dict[str, str]:
         """Method -> better form for the methods with values of a metric, in drawing order."""
@@ -131,7 +156,6 @@ def row_of(tables: dict[Condition, pd.DataFrame], method: str, condition: Condit
 
 def picture_of(name: str, title: str, caption: str, alt: str, figure: Figure) -> Picture:
     """Return a figure as it stands in the report."""
-    width = round(float(figure.get_size_inches()[0]) * 96)
-    return Picture(
-        name=name, title=title, caption=caption, alt=alt, png=png(figure), width=min(width, 1075)
-    )
+    scale = min(_DOTS, MOST_PIXELS / float(figure.get_figwidth()))
+    pieces = tuple(Piece(data, int(scale * inches)) for data, inches in png_pieces(figure))
+    return Picture(name=name, title=title, caption=caption, alt=alt, pieces=pieces)
