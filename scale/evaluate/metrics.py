@@ -95,10 +95,12 @@ def _catalogue() -> dict[str, Metric]:
             for kind in ("overlap", "precision")
             for k in ("N", *TOP_K)
         ),
-        Metric("de_direction_match", "genes", "higher", 0.0, "spearman_brown"),
-        Metric("de_spearman_lfc_sig", "genes", "higher", 0.0, "spearman_brown"),
+        # Correlations over genes that the observed test calls have no correction either: at half
+        # depth it calls larger changes. Spearman-Brown reads .91-.94 where a repeat has .87-.90.
+        Metric("de_direction_match", "genes", "higher", 0.0),
+        Metric("de_spearman_lfc_sig", "genes", "higher", 0.0),
         Metric("de_sig_genes_recall", "genes", "higher", 0.0),
-        Metric("de_spearman_sig", "genes", "higher", 0.0, "spearman_brown"),
+        Metric("de_spearman_sig", "genes", "higher", 0.0),
         Metric("pr_auc", "genes", "higher", 0.0),
         Metric("roc_auc", "genes", "higher", 0.5),
         Metric("de_nsig_counts_real", "genes", "none", nan),
