@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -61,6 +61,9 @@ class Evaluation:
         Method -> spread_ratio, within_variance_ratio, copied_share, verdict.
     meta
         Profile, control rule, hashes, versions, counts, warnings.
+    gene_tables
+        With ``protocol.export_de``: context -> gene tests of the observed cells, in the columns
+        that cell-eval takes as ``de_real``.
     pooled
         In the profile ``paper_pooled`` the same predictions with all contexts as one; else None.
         An evaluation of its own: its only context and unit is called ``pooled over contexts``
@@ -78,6 +81,7 @@ class Evaluation:
     excluded: pd.DataFrame
     collapse: dict[str, dict[str, Any]]
     meta: dict[str, Any]
+    gene_tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     pooled: Evaluation | None = None
 
 
@@ -206,6 +210,7 @@ def _evaluate(run: Run, progress: Callable[[str], None] | None) -> Evaluation:
         aggregate=table,
         deltas=run.deltas,
         fold_changes=run.fold_changes,
+        gene_tables=run.gene_tables,
         cells=sample_cells(
             inputs.observed, inputs.predicted, run.contexts, control=run.control, seed=run.seed
         ),

@@ -43,6 +43,7 @@ from scale.evaluate.context import (
     side_of,
 )
 from scale.evaluate.distances import fit_space, random_directions
+from scale.evaluate.gene_table import gene_table
 from scale.evaluate.inputs import OBSERVED, Inputs
 from scale.evaluate.scoring import Scores, score
 from scale.evaluate.sides import Side, side_of_means
@@ -134,6 +135,7 @@ class Run:
         self.table = ScoreTable()
         self.deltas: Tables = {}
         self.fold_changes: Tables = {}
+        self.gene_tables: dict[str, pd.DataFrame] = {}
         self.collapse: dict[str, Collapse] = {}
         self._across = AcrossContexts(strict=settings.strict)
         self._splits: list[tuple[int, str, str, str, float]] = []
@@ -180,6 +182,8 @@ class Run:
             settings=self.settings,
         )
         self._keep(OBSERVED, context, context.labels, context.observed)
+        if self.protocol.export_de:
+            self.gene_tables[name] = gene_table(context, self.settings.genes)
         self._across.observe(name, context.labels, context.observed.delta_PG)
         for method, table in inputs.predicted.items():
             self._predicted(method, table, context)
