@@ -1,11 +1,20 @@
 """Baselines: what they know, what they must not know, and the law of the count shift."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from small_screen import KEYS, draw, evaluate, hold_out, log_normalise, means, screen, to_anndata
 
-from scale.evaluate.baselines import BASELINES, Unavailable, count_shift, mean_of
+from scale.evaluate.baselines import (
+    BASELINES,
+    DRAWN,
+    ORACLE,
+    Unavailable,
+    baseline_cells,
+    count_shift,
+    mean_of,
+)
 from scale.evaluate.checks import Keys, read_table
 from scale.evaluate.protocol import split_controls
 from scale.evaluate.training import Change, InputControl, Training
@@ -150,6 +159,114 @@ def test_linear_finds_a_linear_law_and_nearest_takes_the_closest_context():
     }
     found = predict(training, "nearest", "L0", "d3").delta_G
     assert found.tolist() == training.changes[("L2", "d3")].delta_G.tolist()
+
+
+def test_drawn_baselines_are_training_cells_of_the_context():
+    adata = screen(13, lines=2, drugs=4)
+    train, _ = hold_out(adata, [("L0", "d0"), ("L1", "d0")])
+    training, generator = training_of(train), np.random.default_rng(0)
+    rows = {
+        key: {tuple(row) for row in train.X[part].toarray()}
+        for key, part in train.obs.groupby(["line", "drug"]).indices.items()
+    }
+    other = training.other_label("L0", "d0")
+    assert other in ("d1", "d2", "d3")
+    assert other == training_of(train).other_label("L0", "d0")
+    pools = {"context_mean": set().union(*(rows["L0", f"d{p}"] for p in (1, 2, 3)))}
+    pools["other_perturbation"] = rows["L0", other]
+    dense = train.X.toarray().astype(np.float64)
+    control_G = training.control_mean_G["L0"]
+    for name, pool in pools.items():
+        change = predict(training, name, "L0", "d0")
+        cells = baseline_cells(name, training, ("L0", "d0"), change, None, 60, generator)
+        assert cells.shape[0] == 60
+        assert all(tuple(row) in pool for row in cells.toarray())
+        chosen = np.array([tuple(row) in pool for row in train.X.toarray()])
+        mean_G = dense[chosen].mean(axis=0)
+        assert mean_of(change, control_G) == pytest.approx(mean_G, abs=1e-6)
+    assert set(pools) == set(DRAWN)
+
+
+def test_another_perturbation_is_never_the_same_and_not_always_one():
+    training, _ = additive_training()
+    found = {p: training.other_label("L0", f"d{p}") for p in range(5)}
+    assert all(found[p] not in (None, f"d{p}") for p in range(5))
+    assert len(set(found.values())) > 1
+    training.changes = {k: v for k, v in training.changes.items() if k[1] == "d1"}
+    with pytest.raises(Unavailable, match="no other training perturbation"):
+        predict(training, "other_perturbation", "L0", "d1")
+    with pytest.raises(Unavailable, match="no training perturbation in this context"):
+        predict(training, "context_mean", "L9", "d1")
+
+
+def test_the_oracle_is_the_observed_mean_against_the_input_control():
+    train, observed = hold_out(screen(14), HELD_OUT)
+    evaluation = evaluate({}, observed, train, baselines=True, ceiling=True)
+    assert means(evaluation, "mse")[(ORACLE, "mean")] == 0.0
+    assert means(evaluation, "residual_pearson")[(ORACLE, "mean")] == pytest.approx(1)
+    assert 0.8 < means(evaluation, "pearson_delta")[(ORACLE, "mean")] < 1
+    assert (ORACLE, "cells") not in means(evaluation, "mse")
+    assert not (evaluation.aggregate["baseline"] == ORACLE).any()
+
+
+def test_what_context_and_perturbation_explain_is_no_interaction():
+    adata = screen(15, lines=4, drugs=8, cells=60, controls=160, own=0.6)
+    number = adata.obs.groupby(["line", "drug"], observed=True).cumcount().to_numpy()
+    repeat, rest = (adata[number % 2 == part].copy() for part in (0, 1))
+    pairs = [(f"L{c}", f"d{p}") for c in range(2) for p in range(4)]
+    train, observed = hold_out(rest, pairs)
+    _, predicted = hold_out(repeat, pairs)
+    evaluation = evaluate(predicted, observed, train, baselines=True)
+    scores = means(evaluation, "residual_pearson_two_way")
+    assert scores[("model", "cells")] > 0.4
+    for method in ("perturbation_mean", "control_copy", "context_mean"):
+        assert abs(scores[(method, "cells")]) < 0.15, method
+    shared = means(evaluation, "shared_pearson")
+    modulation = means(evaluation, "modulation_pearson")
+    assert shared[("model", "cells")] > 0.7
+    assert modulation[("model", "cells")] > 0.4
+    assert shared[("context_transfer", "mean")] > 0.4
+    assert modulation[("context_transfer", "mean")] < 0.3
+    row = evaluation.aggregate.query("metric == 'shared_pearson' and method == 'model'").iloc[0]
+    assert row["num_units"] == 1
+    assert np.isnan(row["low"])
+
+
+def no_effect(seed, *, lines=3, drugs=14, cells=20, controls=40, genes=50):
+    generator = np.random.default_rng(seed)
+    rate = np.exp(generator.normal(0, 1, genes))
+    names = np.repeat([*(f"d{p}" for p in range(drugs)), "DMSO"], [cells] * drugs + [controls])
+    labels = np.tile(names, lines)
+    line = np.repeat([f"L{c}" for c in range(lines)], len(names))
+    adata = to_anndata(draw(rate, len(labels), generator), line, labels)
+    return split_controls(adata, perturbation_key="drug", cell_type_key="line", control="DMSO")
+
+
+def test_without_effect_what_knows_nothing_has_no_skill():
+    tables = []
+    for seed in range(8):
+        train, observed = hold_out(
+            no_effect(seed), [(c, f"d{p}") for c in ("L0", "L1") for p in range(4)]
+        )
+        table = evaluate({}, observed, train, seed=seed, baselines=True).aggregate
+        tables.append(table.set_index(["method", "form", "metric"])["mean"])
+    found = pd.concat(tables, axis=1)
+    floor = 1 / 11  # of residual_pearson: noise of the mean of 10 training perturbations
+    for metric, no_skill, above in (
+        ("pearson_delta", 0.0, 0.0),
+        ("residual_pearson", 0.0, floor),
+        ("residual_pearson_two_way", 0.0, 0.0),
+        ("shared_pearson", 0.0, 0.0),
+        ("modulation_pearson", 0.0, 0.0),
+        ("direction_at_100", 0.5, np.arcsin(floor) / np.pi),
+        *((f"retrieval_{d}", 0.5, 0.0) for d in ("l1", "l2", "cosine", "transposed")),
+    ):
+        for method in ("control_copy", "other_perturbation", "perturbation_mean"):
+            for form in ("cells", "mean"):
+                values = found.loc[(method, form, metric)]
+                error = 3 * values.std() / len(values) ** 0.5
+                score = values.mean() - no_skill
+                assert -error - 1e-12 <= score <= error + above + 1e-12, (metric, method, form)
 
 
 @pytest.mark.parametrize("name", ["context_transfer", "additive", "linear", "nearest"])
