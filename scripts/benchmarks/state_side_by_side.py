@@ -33,13 +33,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from machine import describe_machine
-from state_data import StateFiles, collect, export
 
 from scale.config import FinetuneConfig, ModelConfig, PretrainConfig, from_yaml
+from scale.types import Vocabulary
+
+if TYPE_CHECKING:
+    from state_data import StateFiles
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -139,7 +141,10 @@ def train_settings(files: StateFiles, folder: Path, budget: Budget, lr: float) -
 
 
 def run_state(files: StateFiles, folder: Path, budget: Budget, lr: float) -> dict[str, Any]:
-    """Train arc-state and predict the test conditions; return and keep what it cost."""
+    """Train arc-state and predict the test conditions; return what it cost."""
+    import pandas as pd
+    from state_data import collect
+
     script = ROOT / "scripts" / "arc_state_environment"
     python = subprocess.run([script], capture_output=True, text=True, check=True).stdout.strip()
     state = [python, "-m", "state", "tx"]
@@ -187,6 +192,10 @@ def read_state(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run everything and return the record."""
+    from state_data import export  # slow to import, and not needed for --help
+
+    from scale.model.sizes import count_parameters
+
     folder = arguments.folder.resolve()
     scale = [sys.executable, "-m", "scale"]
     record: dict[str, Any] = {"machine": describe_machine()}
@@ -199,6 +208,8 @@ def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:
         ours["cpu_seconds_all"] = round(seconds, 1)
     demo = demo.resolve()
     budget = read_budget(demo)
+    vocabulary = Vocabulary.read(demo / "finetune" / "export" / "vocabulary.json")
+    ours["parameters"] = count_parameters(budget.model, vocabulary)
     if arguments.state is None:
         files = export(demo / "store", demo / "fewshot.toml", folder / "cells")
         rates = arguments.lr[:1] if arguments.quick else arguments.lr
