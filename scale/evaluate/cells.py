@@ -76,7 +76,8 @@ class _Sparse:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the values."""
-        return np.dtype(self.data_M.dtype)
+        dtype: np.dtype[Any] = np.dtype(self.data_M.dtype)
+        return dtype
 
     def cells_per_read(self) -> int:
         """How many cells are read at a time."""
@@ -111,7 +112,8 @@ class _Dense:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the values."""
-        return np.dtype(self.values.dtype)
+        dtype: np.dtype[Any] = np.dtype(self.values.dtype)
+        return dtype
 
     def cells_per_read(self) -> int:
         """How many cells are read at a time."""

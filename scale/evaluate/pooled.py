@@ -78,17 +78,18 @@ class PooledRun(Run):
         return super().baselines or WITHOUT_TRAINING
 
     def _make(self, method: str, context: Context, label: str, size: int) -> Made:
-        parts = {}
+        means, blocks, reason = [], [], ""
         for name, count in self._sizes[label].items():
             made = make_baseline(self, method, (name, label), count, self._controls[name])
             if made.mean_G is None:
                 return Made(None, None, f"{name}: {made.reason}")
-            parts[name] = made
-        mean_G = sum(self._sizes[label][c] / size * made.mean_G for c, made in parts.items())
-        reasons = [f"{c}: {made.reason}" for c, made in parts.items() if made.cells is None]
-        if reasons:
-            return Made(mean_G, None, reasons[0])
-        return Made(mean_G, sp.vstack([made.cells for made in parts.values()], format="csr"))
+            means.append(count / size * made.mean_G)
+            if made.cells is None:
+                reason = f"{name}: {made.reason}"
+            else:
+                blocks.append(made.cells)
+        cells = None if reason else sp.vstack(blocks, format="csr")
+        return Made(np.sum(means, axis=0), cells, reason)
 
     def scores(self) -> pd.DataFrame:
         """Return the long table, without what subtracts a mean response or needs contexts."""

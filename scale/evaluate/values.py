@@ -14,7 +14,8 @@ from hashlib import blake2b, sha256
 import numpy as np
 import scipy.sparse as sp
 
-from scale.evaluate.checks import CellTable, Rows
+from scale.evaluate.cells import Rows
+from scale.evaluate.checks import CellTable
 from scale.evaluate.statistics import Floats
 
 _HIGHEST_LOG = 15.0

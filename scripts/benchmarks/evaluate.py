@@ -41,9 +41,12 @@ import pandas as pd
 import scipy.sparse as sp
 from machine import describe_machine
 
+from scale.evaluate.protocol import split_controls
+
 ROOT = Path(__file__).resolve().parents[2]
 CELL_EVAL = "0.8.2"
 CONTROL = "control"
+KEYS = {"perturbation_key": "perturbation", "cell_type_key": "line"}
 AGREEMENT = 1e-6
 
 START = """
@@ -79,8 +82,11 @@ scores = results.to_pandas().set_index("perturbation").sort_index().astype(float
 """
 WHOLE = f"""{START}
 from scale.config import ProtocolConfig
-from scale.evaluate.protocol import run_protocol
+from scale.evaluate.protocol import run_protocol, split_controls
 train = ad.read_h5ad(f"{{folder}}/train.h5ad")
+observed = split_controls(
+    observed, perturbation_key="perturbation", cell_type_key="line", control="control"
+)
 cpu, wall = time.process_time(), time.perf_counter()
 result = run_protocol(
     {{"model": predicted}}, observed, train=train, perturbation_key="perturbation",
@@ -150,6 +156,8 @@ def make_pair(
             rng = np.random.default_rng([1, p, int(strength * 10)])
             blocks.append(("one", f"p{p:03d}", law.draw(strength * law.effects[p], cells, rng)))
         adata = to_anndata(blocks, keep_counts=keep_counts and name == "observed")
+        if name == "observed":  # predictions started from none of them, and need not say so
+            adata = split_controls(adata, control=CONTROL, **KEYS)
         adata.write_h5ad(folder / f"{name}.h5ad")
 
 
