@@ -66,6 +66,7 @@ def example_evaluation(
         },
         meta={"profile": "strict", "seed": seed, "num_genes": num_genes},
         pooled=None,
+        gene_tables={},
     )
 
 
