@@ -25,7 +25,9 @@ Booleans = npt.NDArray[np.bool_]
 
 CONSTANT = 1e-10
 """Spread (in log1p units) below which a vector is constant but for rounding."""
-TOP_K = (50, 100, 200, 500)
+TOP_K = (10, 20, 50, 100, 200, 500)
+_ONLY_HERE = (10, 20)
+"""Lengths of gene lists that cell-eval does not score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def _catalogue() -> dict[str, Metric]:
             for d in ("l1", "l2", "cosine", "transposed")
         ),
         *(
-            Metric(f"{kind}_at_{k}", "genes", "higher", 0.0)
+            Metric(f"{kind}_at_{k}", "genes", "higher", 0.0, strict_only=k in _ONLY_HERE)
             for kind in ("overlap", "precision")
             for k in ("N", *TOP_K)
         ),

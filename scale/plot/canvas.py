@@ -286,9 +286,12 @@ def _drawn(figure: Figure, dpi: int) -> Image.Image:
 
 
 def _as_png(image: Image.Image) -> bytes:
-    """Return the image in 128 colours, which takes a third of the bytes of all of them."""
+    """Return the image in 256 colours, which takes a third of the bytes of all of them.
+
+    The colours are chosen to cover all that occur, so that a single dot keeps its own.
+    """
     buffer = BytesIO()
-    few = image.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 

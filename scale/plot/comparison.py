@@ -244,14 +244,14 @@ def collapse_plane(
             continue
         colour = colours.get(method, QUIET)
         ax.scatter([x], [y], s=64, color=colour, edgecolors=PAPER, linewidths=0.8, zorder=4)
-        side, height = _free_place(x, y, taken, reach=0.3 * right, step=0.05 * (top - bottom))
-        taken.append((x, height, side))
+        is_right, height = _free_place(x, y, taken, reach=0.3 * right, step=0.05 * (top - bottom))
+        taken.append((x, height, is_right))
         ax.annotate(
             method.replace("_", " "),
             (x, y),
-            xytext=(x + (0.015 if side else -0.015) * right, height),
+            xytext=(x + (0.015 if is_right else -0.015) * right, height),
             textcoords="data",
-            ha="left" if side else "right",
+            ha="left" if is_right else "right",
             va="center",
             fontsize=SMALL_POINTS,
             color=text_on_paper(colour),

@@ -86,6 +86,16 @@ def test_equal_figures_give_equal_bytes(figure):
     assert png_pieces(figure) == png_pieces(six_panels())
 
 
+def test_a_single_dot_keeps_its_colour():
+    figure = new_figure(5.0, 4.0)
+    ax = figure.subplots()
+    generator = np.random.default_rng(0)
+    ax.hexbin(*generator.normal(size=(2, 5000)), gridsize=40, cmap="viridis")
+    ax.scatter([0], [0], s=60, color="#0072b2")
+    seen = pixels(png_pieces(figure)[0][0]).reshape(-1, 3)
+    assert np.abs(seen - np.array([0, 0x72, 0xB2]) / 255).max(axis=1).min() < 0.03
+
+
 def test_names_of_lines_do_not_cover_each_other():
     curves = {f"method {i}": pd.Series([0.1, 0.5 + 0.001 * i], index=[10, 100]) for i in range(5)}
     ax = overlap_curves(curves, colours={}, label="share")

@@ -50,13 +50,13 @@ def draw_calibration(subject: Subject) -> list[Picture]:
         ]
     if moments is not None:
         variance, zeros = moments
-        for values, label, by_ratio in (
+        for numbers, label, by_ratio in (
             (variance, "variance of a gene", True),
             (zeros, "share of zeros of a gene", False),
         ):
-            rest = {m: v for m, v in values.items() if m != "observed"}
+            rest = {m: v for m, v in numbers.items() if m != "observed"}
             genes(
-                values["observed"],
+                numbers["observed"],
                 rest,
                 colours=subject.colours,
                 label=label,
@@ -138,7 +138,8 @@ def draw_effect_sizes(subject: Subject) -> list[Picture]:
 def noise_free(metric: str, replicate: pd.Series) -> pd.Series:
     """Return sqrt(r), r = the replicate's correlation at full depth; 0 where it is not above 0."""
     full = replicate.map(lambda r: full_depth(metric, float(r)))
-    return np.sqrt(full.fillna(0.0).clip(lower=0.0))
+    root: pd.Series = full.fillna(0.0).clip(lower=0.0) ** 0.5
+    return root
 
 
 def effect_sizes(subject: Subject) -> pd.Series:
@@ -159,7 +160,8 @@ def effect_sizes(subject: Subject) -> pd.Series:
     noise = subject.values("mse_delta", CEILING) * num_genes / 4.0
     if not noise.empty:
         squared = squared - noise.reindex(squared.index).fillna(0.0)
-    return np.sqrt(squared.clip(lower=0.0))
+    size: pd.Series = squared.clip(lower=0.0) ** 0.5
+    return size
 
 
 def draw_ranks(subject: Subject) -> list[Picture]:
