@@ -46,7 +46,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One mean with its interval; NaN where there is none."""
+    """One mean with its interval; NaN where there is none.
+
+    A ceiling without a mean has a bracket in its place: it lies between ``low`` and ``high``.
+    """
 
     mean: float
     low: float
@@ -161,6 +164,12 @@ class Findings:
             nan = float("nan")
             for metric, mean in zip(ceiling["metric"], ceiling["mean_full_depth"], strict=True):
                 scores[CEILING, FULL_DEPTH, str(metric)] = Score(float(mean), nan, nan)
+        if "mean_full_depth_bound" in table:
+            bounded = table["mean_full_depth_bound"].notna() & (table["method"] == CEILING)
+            columns = ["metric", "mean", "mean_full_depth_bound"]
+            for metric, low, high in table.loc[bounded, columns].itertuples(index=False):
+                bracket = Score(float("nan"), float(low), float(high))
+                scores[CEILING, FULL_DEPTH, str(metric)] = bracket
         return scores
 
     @cached_property

@@ -164,7 +164,8 @@ def _scores(findings: Findings) -> str:
         caption="Mean over contexts, with the t interval over independent units where there are "
         "three or more. The best of models and baselines is marked. The replicate, one "
         "half of the observed cells as a prediction of the other half, is the ceiling; it is "
-        "carried to all cells where that is possible. ↑ higher is better, ↓ lower.",
+        "carried to all cells where that is possible, else it lies between the two numbers in "
+        "brackets. The oracle is the observed mean itself. ↑ higher is better, ↓ lower.",
     )
     first += html.notes(("", line, False) for line in findings.without_interval())
     return first + html.fold(f"All {len(findings.metrics)} metrics", _all_metrics(findings))

@@ -25,7 +25,9 @@ _CEILING_COLUMNS = {
     "high": "high",
     "reason": "reason",
     "mean_full_depth": "full_depth",
-    "ceiling_sd": "sd_over_splits",
+    "mean_full_depth_bound": "full_depth_at_most",
+    "ceiling_sd": "half_depth_sd",
+    "ceiling_full_depth_sd": "full_depth_sd",
     "num_units": "num_units",
     "num_conditions": "num_conditions",
 }
@@ -46,8 +48,8 @@ def file_name(text: str) -> str:
 def ceiling(aggregate: pd.DataFrame) -> pd.DataFrame:
     """Return the noise ceiling, one row per metric: half depth, interval, full depth.
 
-    ``full_depth`` is empty where a metric has no correction: the ceiling then lies between the
-    half depth and an unknown number above it.
+    ``full_depth`` is empty where a metric has no correction: the ceiling of set and ranking metrics
+    then lies between ``half_depth`` and ``full_depth_at_most``.
     """
     rows = aggregate[aggregate["method"] == CEILING]
     known = {name: new for name, new in _CEILING_COLUMNS.items() if name in rows}
