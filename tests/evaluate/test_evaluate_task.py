@@ -175,3 +175,36 @@ def test_h5ad_files_need_no_store(store, predicted, tmp_path):
     assert set(summary) == {"model"}
     assert summary["model"]["pearson_delta"] == pytest.approx(1.0, abs=1e-5)
     assert "No baseline was scored" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_one_command_gives_the_pooled_result_and_that_of_each_context(
+    store, predicted, split, tmp_path
+):
+    """Both files hold counts here: they are normalised on the way."""
+    counts = store.to_anndata()
+    counts.obs = counts.obs.drop(columns=["control_fold"])
+    counts.write_h5ad(tmp_path / "counts.h5ad")
+    protocol = ProtocolConfig(
+        profile=Profile.paper_pooled, normalize=TARGET_SUM, ceiling=False, baselines=False
+    )
+    settings = {
+        "predicted": [f"a={tmp_path / 'counts.h5ad'}", f"b={tmp_path / 'counts.h5ad'}"],
+        "observed": str(store.path),
+        "split": str(split),
+        "protocol": protocol,
+    }
+    run_dir = tmp_path / "run"
+    assert run(config(run_dir, **settings)) == 0
+    meta = json.loads((run_dir / "meta.json").read_text())
+    assert meta["target_sum"] == meta["normalize"] == TARGET_SUM
+    scores = pd.read_parquet(run_dir / "scores.parquet")
+    assert set(scores["context"]) == {"A549", "HepG2", "K562"}
+    pooled = pd.read_csv(run_dir / "pooled_over_contexts_scores.csv")
+    assert set(pooled["context"]) == {"pooled over contexts"}
+    assert set(pooled["method"]) == {"a", "b", "control_copy"}
+    for table in (scores, pooled):
+        perfect = table.query("method == 'a' and metric == 'pearson_delta'")["value"]
+        assert perfect.to_numpy() == pytest.approx(np.ones(len(perfect)), abs=1e-5)
+    assert "pooled over contexts" in (run_dir / "report.md").read_text().lower()
+    with pytest.raises(ValueError, match=r"a: X holds fractions .* takes counts"):
+        run(config(tmp_path / "logs", **{**settings, "predicted": f"a={predicted}"}))
