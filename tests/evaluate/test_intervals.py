@@ -10,6 +10,7 @@ from small_screen import KEYS, hold_out, screen
 import scale
 from scale.config import ProtocolConfig
 from scale.evaluate.aggregate import aggregate, condition_values, paired_gain
+from scale.evaluate.protocol import split_controls
 from scale.evaluate.statistics import count_signs, t_interval
 
 REPEATS, CONDITIONS = 4000, 100
@@ -116,6 +117,7 @@ def test_the_report_prints_no_interval_below_three_units(num_lines):
     adata = screen(8, lines=num_lines + 2, drugs=5, cells=20, controls=40, own=0.4)
     pairs = [(f"L{c}", f"d{p}") for c in range(num_lines) for p in range(3)]
     train, observed = hold_out(adata, pairs)
+    observed = split_controls(observed, **KEYS)
     predicted = observed[:, :].copy()
     protocol = ProtocolConfig(ceiling=False)
     report = scale.evaluate(predicted, observed, train=train, protocol=protocol, **KEYS)
