@@ -236,6 +236,7 @@ def _meta(run: Run) -> dict[str, Any]:
         "num_splits": protocol.num_splits if protocol.ceiling else 0,
         "max_control_cells": protocol.max_control_cells,
         "min_cells": protocol.min_cells,
+        "min_significant": protocol.min_significant,
         "missing": protocol.missing.value,
         "match_cells": protocol.match_cells,
         "normalize": protocol.normalize,
