@@ -123,6 +123,8 @@ class Report:
         ]
         if profile := self.meta.get("profile"):
             words.append(f"protocol {profile}")
+        if self.findings.pooled_evaluation is not None:
+            words.append("each context alone, and pooled over contexts")
         return " · ".join(words)
 
     def html(self) -> str:

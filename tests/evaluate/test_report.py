@@ -236,6 +236,7 @@ def test_pooled_numbers_stand_beside_the_control_copy(tmp_path):
         assert part.count("0.951") == part.count("0.929") == alone["metric"].nunique()
         assert "control copy" in part
         assert "Differences in the mix of contexts then count as an effect" in part
+    assert "pooled over contexts" in made.subtitle()
     names = {p.name for p in tmp_path.iterdir()} - {*FILES, "cell_eval"}
     assert names == {"pooled_over_contexts_aggregate.csv", "pooled_over_contexts_scores.csv"}
     assert "control_copy" in pd.read_csv(tmp_path / "pooled_over_contexts_aggregate.csv")
