@@ -252,7 +252,7 @@ def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:
         ],
         "scale": ours,
         "arc-state": theirs,
-        "evaluation": {key: meta.get(key) for key in ("profile", "control_split", "warnings")},
+        "evaluation": {key: meta.get(key) for key in ("profile", "control_rule", "warnings")},
         "scores": {
             method: {name: values[name] for name in SCORES if name in values}
             for method, values in means.items()
