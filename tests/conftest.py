@@ -1,5 +1,6 @@
 """A toy store for the tests of every room, and one thread per process."""
 
+import logging
 from itertools import product
 
 import numpy as np
@@ -18,6 +19,19 @@ torch.set_num_threads(1)
 
 # Run by the Python of another environment, which has cell-eval.
 collect_ignore_glob = ["*/run_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def _log_of_one_test():
+    """A command that was run in a test logs to the console of that test, which is then closed."""
+    package = logging.getLogger("scale")
+    before = (list(package.handlers), package.level, package.propagate)
+    yield
+    for handler in set(package.handlers) - set(before[0]):
+        package.removeHandler(handler)
+        handler.close()
+    package.setLevel(before[1])
+    package.propagate = before[2]
 
 
 def pytest_collection_modifyitems(items):
