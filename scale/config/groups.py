@@ -266,10 +266,16 @@ class TrainerConfig:
     log_every_steps: int = 10
     max_hours: float | None = None
     """Stop with a checkpoint and status 75 after this wall time."""
+    profile_steps: int = 0
+    """Steps of which a trace is written, after the first ten of a start; 0 = none."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "sets_per_batch", "log_every_steps"):
             require_positive(f"trainer.{name}", getattr(self, name))
+        require(
+            self.profile_steps >= 0,
+            f"trainer.profile_steps ({self.profile_steps}) must not be negative",
+        )
         if self.sets_per_micro_batch is not None:
             require_positive("trainer.sets_per_micro_batch", self.sets_per_micro_batch)
 
@@ -305,13 +311,18 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each set block; above 1, they share the cells of a set elsewhere."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the set blocks are split into; the encoder is on the first."""
     distributed_optimizer: bool = False
     """Spread optimizer state over data-parallel ranks."""
+    recompute: bool = False
+    """Compute activations of the set blocks twice to keep fewer of them."""
     timeout_seconds: float = 1800.0
     """Of collectives."""
 
     def __post_init__(self) -> None:
         require_positive("parallel.tensor_model_parallel_size", self.tensor_model_parallel_size)
+        require_positive("parallel.pipeline_model_parallel_size", self.pipeline_model_parallel_size)
         require_positive("parallel.timeout_seconds", self.timeout_seconds)
 
 
@@ -335,6 +346,8 @@ class CheckpointConfig:
     keep_last: int = 2
     resume: bool = True
     """Go on from the last checkpoint of a run of the same name and settings."""
+    save_async: bool = False
+    """Write beside the steps that follow, from a copy of the state in memory."""
 
     def __post_init__(self) -> None:
         require_positive("checkpoint.every_steps", self.every_steps)

@@ -51,7 +51,7 @@ Config = PretrainConfig | FinetuneConfig
 
 _FREE = (
     *("trainer.max_steps", "trainer.max_hours", "trainer.log_every_steps"),
-    *("trainer.sets_per_micro_batch", "trainer.device"),
+    *("trainer.sets_per_micro_batch", "trainer.device", "trainer.profile_steps"),
     *("data.store", "data.split", "data.reader_threads", "data.prefetch_batches"),
     *("data.allow_plan_change", "run_dir", "log.", "checkpoint.", "validation.", "parallel."),
 )

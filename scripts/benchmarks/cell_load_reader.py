@@ -1,6 +1,6 @@
 """Sets of cells as cell-load 0.10.4 gives them; runs in cell-load's own environment.
 
-cell_load_reader.py FILE.h5ad scattered|consecutive SETS_PER_BATCH
+Arguments of a reader: FILE.h5ad scattered|consecutive SETS_PER_BATCH
 
 ``PerturbationDataModule`` over a TOML with one dataset, sets of 256 treated cells of one (cell
 line, drug), each with a control cell of the line (mapping ``random``, its default and its cheapest:
@@ -10,7 +10,6 @@ The figures hold its sampler, dataset and collate function, up to the tensors of
 """
 
 import logging
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from cell_load.data_modules import PerturbationDataModule
 from cell_load.dataset import PerturbationDataset
-from worker import serve
+from worker import fork_readers, serve
 
 SET_SIZE = 256
 
@@ -50,9 +49,9 @@ def batches(file: Path, batch_size: int, *, is_consecutive: bool) -> Iterator[di
         yield from loader
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Serve batches."""
-    file, mode, batch_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    file, mode, batch_size = Path(arguments[0]), arguments[1], int(arguments[2])
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -76,4 +75,4 @@ def main() -> None:
     serve(read, facts, forget=PerturbationDataset._fetch_gene_expression_raw.cache_clear)
 
 
-main()
+fork_readers(main)

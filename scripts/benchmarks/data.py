@@ -32,14 +32,14 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_ingest import Ingest, gzip_copy, h5ad_settings, ingest, tahoe_settings
 from data_sets import SET_A, SET_B, make_dense_h5ad, make_h5ad
 from machine import describe_machine
-from worker import Worker
+from worker import Worker, start_readers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -59,12 +59,13 @@ RATIOS = {
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """One way to get cells, in a process that has been started; how many sets a round asks for."""
+    """One way to get cells, by which script, and how many sets a round asks for."""
 
     name: str
-    worker: Worker
+    arguments: list[str]
     files: list[Path]
     num_sets: int
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def forget_files(files: list[Path]) -> None:
@@ -76,27 +77,37 @@ def forget_files(files: list[Path]) -> None:
         os.close(handle)
 
 
+def start(python: str, script: str, readers: list[Reader]) -> dict[str, Worker]:
+    """Start the processes of readers of one script."""
+    wanted = {reader.name: (reader.arguments, reader.environment) for reader in readers}
+    return start_readers(python, HERE / script, wanted)
+
+
+def wait(workers: dict[str, Worker]) -> None:
+    """Wait until all readers can be asked."""
+    for worker in workers.values():
+        worker.wait_until_ready()
+
+
 def measure(
-    readers: list[Reader], rounds: int, cold_rounds: int
+    readers: list[Reader], workers: dict[str, Worker], rounds: int, cold_rounds: int
 ) -> dict[str, tuple[Answers, Answers]]:
     """Return the answers of every reader, with a warm and with a cold page cache."""
-    for reader in readers:
-        reader.worker.wait_until_ready()
     warm: dict[str, Answers] = {reader.name: [] for reader in readers}
     cold: dict[str, Answers] = {reader.name: [] for reader in readers}
     for number in range(rounds + 1):
         for reader in readers:
-            answer = reader.worker.ask(reader.num_sets)
+            answer = workers[reader.name].ask(reader.num_sets)
             if number:
                 warm[reader.name].append(answer)
         print(f"round {number} of {rounds} done", file=sys.stderr)
-    _compare_values({reader.name: reader.worker.ask(0) for reader in readers})
+    _compare_values({name: workers[name].ask(0) for name in warm})
     for _ in range(cold_rounds):
         for reader in readers:
             forget_files(reader.files)
-            cold[reader.name].append(reader.worker.ask(reader.num_sets))
-    for reader in readers:
-        reader.worker.close()
+            cold[reader.name].append(workers[reader.name].ask(reader.num_sets))
+    for name in warm:
+        workers[name].close()
     return {name: (warm[name], cold[name]) for name in warm}
 
 
@@ -125,49 +136,41 @@ def ratio(theirs: Answers, ours: Answers) -> dict[str, float]:
 # --- what is measured ---------------------------------------------------------------------------
 
 
-def cell_load_readers(case: str, python: str, file: Path, *, quick: bool) -> list[Reader]:
-    """Start the readers of cell-load for a set."""
+def cell_load_readers(case: str, file: Path, *, quick: bool) -> list[Reader]:
+    """Return the readers of cell-load for a set."""
     batch = _sets_per_batch(case, quick=quick)
-    ways = [(f"{case} cell-load tuned", file, TUNED)]
+    many = batch * (6 if case == "A" else 2)  # per cell, the others take 50 times as long
+    tuned, plain = (["scattered", str(batch)], batch, TUNED), (["scattered", str(batch)], batch, {})
+    consecutive = (["consecutive", str(batch)], many, {})
+    ways = {"tuned": (file, *tuned)}
     if case == "A" or not quick:
-        ways.append((f"{case} cell-load default", file, {}))
-        ways.append((f"{case} cell-load consecutive", file, {}))
+        ways |= {"default": (file, *plain), "consecutive": (file, *consecutive)}
     if case == "A" and not quick:
         dense = make_dense_h5ad(file)
-        ways.append((f"{case} cell-load default, dense X", dense, {}))
-        ways.append((f"{case} cell-load consecutive, dense X", dense, {}))
-    readers = []
-    for name, path, environment in ways:
-        command = [python, str(HERE / "cell_load_reader.py"), str(path)]
-        if "consecutive" in name:
-            command += ["consecutive", str(batch)]
-            num_sets = batch * (6 if case == "A" else 2)
-        else:  # a millisecond per cell, whatever the batch
-            num_sets = 1 if quick else batch
-            command += ["scattered", str(num_sets)]
-        readers.append(Reader(name, Worker(command, environment), [path], num_sets))
-    return readers
+        ways |= {"default, dense X": (dense, *plain), "consecutive, dense X": (dense, *consecutive)}
+    return [
+        Reader(f"{case} cell-load {name}", [str(path), *arguments], [path], num_sets, environment)
+        for name, (path, arguments, num_sets, environment) in ways.items()
+    ]
 
 
 def store_readers(case: str, store: Path, *, quick: bool) -> list[Reader]:
-    """Start the readers of the store of a set; the first is what ratios are taken of."""
+    """Return the readers of the store of a set; ratios are taken of the first."""
     batch = _sets_per_batch(case, quick=quick)
-    ways = {"dense": ("dense", 1)}
+    ways = {"dense": ["dense", "1"]}
     if not quick:
-        ways |= {"dense, 2 threads": ("dense", 2), "compact": ("compact", 1)}
-        ways |= {"chunks only": ("chunks", 1)}
+        ways |= {"dense, 2 threads": ["dense", "2"], "compact": ["compact", "1"]}
+        ways |= {"chunks only": ["chunks", "1"]}
     files = [path for path in store.rglob("*") if path.is_file()]
-    readers = []
-    for name, (mode, threads) in ways.items():
-        command = [sys.executable, str(HERE / "store_reader.py"), str(store), mode, str(threads)]
-        worker = Worker([*command, str(batch)], {})
-        readers.append(Reader(f"{case} scale {name}", worker, files, batch * 20))
-    return readers
+    return [
+        Reader(f"{case} scale {name}", [str(store), *way, str(batch)], files, batch * 20)
+        for name, way in ways.items()
+    ]
 
 
 def _sets_per_batch(case: str, *, quick: bool) -> int:
     """Return how many sets make a batch: 512 cells of all genes are 128 MB."""
-    return (4 if quick else 16) if case == "A" else (2 if quick else 4)
+    return (2 if quick else 16) if case == "A" else (1 if quick else 4)
 
 
 def measure_ingest(folder: Path, *, quick: bool) -> dict[str, Ingest]:
@@ -265,12 +268,12 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sets, under a minute")
-    parser.add_argument("--rounds", type=int, default=None, help="default 5, 2 with --quick")
+    parser.add_argument("--rounds", type=int, default=None, help="default 5, 1 with --quick")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "benchmarks")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     options = parser.parse_args()
     quick, folder = options.quick, options.folder.resolve()
-    rounds = options.rounds or (2 if quick else 5)
+    rounds = options.rounds or (1 if quick else 5)
     made = subprocess.run(
         [str(ROOT / "scripts" / "cell_load_environment")], capture_output=True, text=True
     )
@@ -283,15 +286,17 @@ def main() -> None:
     print(f"{rounds} rounds after the first, medians; {figures['machine']['cpu']}")
     designs = (SET_A.sized(30_000, 32), SET_B.sized(12_000, 10)) if quick else (SET_A, SET_B)
     files = {design.name: make_h5ad(design, folder) for design in designs}
-    theirs = {c: cell_load_readers(c, python, file, quick=quick) for c, file in files.items()}
-    if not quick:  # else their imports go on beside the first stores
-        for reader in sum(theirs.values(), []):
-            reader.worker.wait_until_ready()
-    for case, file in files.items():
-        store = file.with_suffix(".store")
-        made = ingest(store, h5ad_settings(file))
-        readers = store_readers(case, store, quick=quick) + theirs[case]
-        report_case(case, made, measure(readers, rounds, 0 if quick else 3), figures)
+    theirs = {c: cell_load_readers(c, file, quick=quick) for c, file in files.items()}
+    workers = start(python, "cell_load_reader.py", sum(theirs.values(), []))
+    if not quick:  # else the imports go on beside the making of stores
+        wait(workers)
+    made = {c: ingest(f.with_suffix(".store"), h5ad_settings(f)) for c, f in files.items()}
+    ours = {c: store_readers(c, f.with_suffix(".store"), quick=quick) for c, f in files.items()}
+    workers |= start(sys.executable, "store_reader.py", sum(ours.values(), []))
+    wait(workers)
+    for case in files:
+        answers = measure(ours[case] + theirs[case], workers, rounds, 0 if quick else 3)
+        report_case(case, made[case], answers, figures)
     report_ingest(measure_ingest(folder, quick=quick), figures)
     for key, name in RATIOS.items():
         if name in figures["ratios"]:  # --quick has not all of them

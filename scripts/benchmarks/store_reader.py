@@ -1,6 +1,6 @@
 """Sets of cells from a store, through ``CellSetDataModule`` as training gets them.
 
-store_reader.py STORE dense|compact|chunks NUM_THREADS SETS_PER_BATCH
+Arguments of a reader: STORE dense|compact|chunks NUM_THREADS SETS_PER_BATCH
 
 Sets of 256 treated cells of one condition with 256 controls of its line and plate, no summary draw.
 ``dense`` gives what cell-load gives, log-normalised float32 tensors with the condition of each set;
@@ -8,12 +8,11 @@ Sets of 256 treated cells of one condition with 256 controls of its line and pla
 decompresses the chunks of the treated cells. The plan is in all figures.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from worker import serve
+from worker import fork_readers, serve
 
 from scale.config import DataConfig
 from scale.data.codec import CHUNK_CELLS
@@ -42,7 +41,7 @@ class Reader:
         """Read batches by threads; decoding is theirs."""
         cells = 0
         for batch in self.module.train_reader.batches(
-            self.jobs(num_sets), num_threads=self.num_threads, depth=self.num_threads
+            self.jobs(num_sets), num_threads=self.num_threads, depth=2 * self.num_threads
         ):
             cells += int(batch.treated_mask_BS.sum()) + int(batch.control_mask_BS.sum())
             self.last = batch.treated_BSG
@@ -77,9 +76,10 @@ class Reader:
         return {"mean": float(values.mean()), "nonzero": float((values > 0).float().mean())}
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Serve sets."""
-    store, mode, num_threads, batch_size = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+    store, mode = arguments[:2]
+    num_threads, batch_size = map(int, arguments[2:])
     torch.set_num_threads(1)
     reader = Reader(store, num_threads, batch_size)
     modes: dict[str, Callable[[int], int]] = {
@@ -90,4 +90,4 @@ def main() -> None:
     serve(modes[mode], reader.facts, forget=lambda: None)  # it keeps none
 
 
-main()
+fork_readers(main)

@@ -2,7 +2,7 @@
 
 Used by both sides of data.py, so that both are timed by the same lines; standard library only. CPU
 time is that of the process with all of its threads and of children it waited for; what comes before
-the first request (imports, opening, compiling) is in none of the figures.
+the first request (imports, opening) is in none of the figures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def cpu_seconds() -> float:
@@ -73,41 +74,80 @@ def serve(
         print(json.dumps(answer), file=answers, flush=True)
 
 
-class Worker:
-    """The other end: starts a reader and asks it."""
+def fork_readers(main: Callable[[list[str]], None]) -> None:
+    """Run ``main`` for each reader on the command line, in forks that share the imports.
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **one, **environment},
-        )
+    Standard input and output of each fork are the pipes of its reader.
+    """
+    specifications = json.loads(sys.argv[1])
+    for own in specifications:
+        if os.fork():
+            continue
+        os.environ.update(own["environment"])
+        os.dup2(own["requests"], 0)
+        os.dup2(own["answers"], 1)
+        _close_pipes(specifications)
+        main(own["arguments"])
+        return
+    _close_pipes(specifications)
+    failed = [os.wait()[1] != 0 for _ in specifications]
+    sys.exit(any(failed))
+
+
+def _close_pipes(specifications: list[dict[str, Any]]) -> None:
+    for one in specifications:
+        os.close(one["requests"])
+        os.close(one["answers"])
+
+
+class Worker:
+    """The other end of a reader."""
+
+    def __init__(self, name: str, requests: int, answers: int) -> None:
+        self._name = name
+        self._requests, self._answers = os.fdopen(requests, "w"), os.fdopen(answers)
         self._is_ready = False
 
     def _answer(self) -> str:
-        assert self._process.stdout is not None
-        if line := self._process.stdout.readline():
+        if line := self._answers.readline():
             return line
-        _, errors = self._process.communicate()
-        sys.exit(f"a reader ended: {' '.join(self._process.args[:3])}\n{errors[-3000:]}")
+        sys.exit(f"the reader {self._name} ended; its last words are above")
 
     def wait_until_ready(self) -> None:
-        """Wait for the imports."""
+        """Wait for the imports, and for what the reader opens."""
         if not self._is_ready:
             self._answer()
             self._is_ready = True
 
     def ask(self, num_sets: int) -> dict[str, float]:
         """Return cells, wall and CPU seconds of so many sets; 0 = the facts."""
-        assert self._process.stdin is not None
-        print(num_sets, file=self._process.stdin, flush=True)
+        print(num_sets, file=self._requests, flush=True)
         answer: dict[str, float] = json.loads(self._answer())
         return answer
 
     def close(self) -> None:
         """End the process."""
-        self._process.communicate()
+        self._requests.close()
+        self._answers.close()
+
+
+def start_readers(
+    python: str, script: Path, readers: dict[str, tuple[list[str], dict[str, str]]]
+) -> dict[str, Worker]:
+    """Start readers of a script: name -> its arguments and environment."""
+    workers, specifications = {}, []
+    for name, (arguments, environment) in readers.items():
+        (requests, ask), (answer, answers) = os.pipe(), os.pipe()
+        workers[name] = Worker(name, ask, answer)
+        ends = {"requests": requests, "answers": answers}
+        specifications.append({"arguments": arguments, "environment": environment, **ends})
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    subprocess.Popen(
+        [python, str(script), json.dumps(specifications)],
+        pass_fds=[end for s in specifications for end in (s["requests"], s["answers"])],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, **one},
+    )
+    _close_pipes(specifications)
+    return workers
