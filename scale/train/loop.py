@@ -13,12 +13,13 @@ import torch
 
 from scale.config import FinetuneConfig, PretrainConfig
 from scale.runtime import StopSignal, peak_memory_bytes
-from scale.train.checkpoint import load_checkpoint, save_checkpoint
+from scale.train.checkpoint import load_checkpoint
 from scale.train.engine import Engine, StepResult
 from scale.train.log import Clock, MetricLog
 from scale.train.optim import learning_rate
 from scale.train.parallel import Layout, micro_batch_sets
 from scale.train.record import ModelRecord, TrainingState
+from scale.train.saver import CheckpointSaver
 from scale.types import Vocabulary
 
 if TYPE_CHECKING:
@@ -120,6 +121,9 @@ def train(
         settings=settings,
     )
     clock = Clock(first_step, trainer.max_steps)
+    saver = CheckpointSaver(
+        run_dir, engine, config.checkpoint, record=record, vocabulary=vocabulary
+    )
 
     for step in range(first_step + 1, trainer.max_steps + 1):
         asked = time.monotonic()
@@ -154,19 +158,10 @@ def train(
             log.write(step, metrics, eta_seconds=clock.eta_seconds())
         if step % config.checkpoint.every_steps == 0 or is_last or result.stop_requested:
             with clock.aside():
-                checkpoint = save_checkpoint(
-                    run_dir,
-                    engine,
-                    TrainingState(
-                        step=step,
-                        consumed_sets=consumed_sets,
-                        data=data.state_dict(consumed_sets),
-                    ),
-                    record=record,
-                    vocabulary=vocabulary,
-                    keep_last=config.checkpoint.keep_last,
-                )
+                position = data.state_dict(consumed_sets)
+                saver.save(TrainingState(step=step, consumed_sets=consumed_sets, data=position))
         if is_last or result.stop_requested:
+            checkpoint = saver.finish()
             log.close()
             reason = "finished" if is_last else _reason(stop, out_of_time=out_of_time)
             return TrainResult(
