@@ -11,19 +11,17 @@ No random state is kept: every draw of data and model is a function of the seed 
 from __future__ import annotations
 
 import logging
-import time
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.checkpoint.storage import WriteResult
 
 from scale.config import ParallelConfig, Precision
 from scale.runtime import World, versions, write_json
@@ -33,6 +31,7 @@ from scale.train.export import AVERAGE, find_weights, is_export, read_average, r
 from scale.train.manifest import read_manifest
 from scale.train.megatron_cpu import quiet_import
 from scale.train.record import ModelRecord, TrainingState, read_json
+from scale.train.shards import ShardWriter
 from scale.types import CheckpointError, Vocabulary
 
 if TYPE_CHECKING:
@@ -43,12 +42,6 @@ with quiet_import():
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-    from megatron.core.dist_checkpointing.strategies.torch import (
-        MCoreSavePlanner,
-        TorchDistSaveShardedStrategy,
-        _replace_state_dict_keys_with_sharded_keys,
-        mcore_to_pyt_state_dict,
-    )
 
 logger = logging.getLogger(__name__)
 
@@ -64,58 +57,124 @@ _LAYOUT_METADATA = {
 # --- training -----------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    run_dir: Path,
-    engine: Engine,
-    state: TrainingState,
-    *,
-    record: ModelRecord,
-    vocabulary: Vocabulary,
-    keep_last: int,
-) -> Path:
-    """Write a checkpoint, whole or not at all; a collective of all ranks. Return its directory.
+class CheckpointWrite:
+    """A checkpoint from its first file to its name; making it is a collective of all ranks.
+
+    ``write`` exchanges no messages and may run in a thread beside further steps; the other methods
+    are collectives of all ranks, in the thread that trains.
+
+    Parameters
+    ----------
+    run_dir
+        Directory of the run, which every rank sees.
+    engine
+        Its weights, moving average and optimizer.
+    state
+        Where the run stands.
+    record, vocabulary
+        What the checkpoint says about the model.
+    in_memory
+        Copy the tensors to host memory now; without it they must not change before ``write`` ends.
 
     Raises
     ------
     CheckpointError
-        If a rank could not write; what was there before is untouched.
+        On every rank, if its directory cannot be made.
     """
-    layout, started = engine.layout, time.monotonic()
-    partial = run_dir / "checkpoints" / (files.checkpoint_name(state.step) + ".partial")
-    if layout.is_writer:
-        partial = files.start_partial(run_dir, state.step)
-    dist.barrier()
-    save_weights(partial / files.WEIGHTS, engine)
-    # Every rank hashes what it wrote; rank 0 also what is written once.
-    own = [p for p in (partial / files.WEIGHTS).iterdir() if _writer_of(p) == layout.rank]
-    entries = {f"{files.WEIGHTS}/{p.name}": files.describe_file(p) for p in own}
-    gathered: list[dict[str, Any] | None] = [None] * layout.world_size
-    dist.all_gather_object(gathered, entries)
-    final = partial.with_suffix("")
-    if layout.is_writer:
-        vocabulary.save(partial / files.VOCABULARY)
-        write_json(partial / files.MODEL, record.to_json())
-        write_json(partial / files.STATE, asdict(state))
-        described = {k: v for part in gathered if part is not None for k, v in part.items()}
-        for name in (files.VOCABULARY, files.MODEL, files.STATE):
-            described[name] = files.describe_file(partial / name)
-        write_json(
-            partial / files.MANIFEST,
-            {
-                "format_version": files.FORMAT_VERSION,
-                "step": state.step,
-                "consumed_sets": state.consumed_sets,
-                "layout": layout.record(),
-                "optimizer": engine.optimizer_kind,
-                "precision": engine.precision.value,
-                "versions": versions(),
-                "files": dict(sorted(described.items())),
-            },
+
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Engine,
+        state: TrainingState,
+        *,
+        record: ModelRecord,
+        vocabulary: Vocabulary,
+        in_memory: bool = False,
+    ) -> None:
+        self.name = files.checkpoint_name(state.step)
+        self._layout = engine.layout
+        self._vocabulary = vocabulary
+        self._json = {files.MODEL: record.to_json(), files.STATE: asdict(state)}
+        self._manifest = {
+            "format_version": files.FORMAT_VERSION,
+            "step": state.step,
+            "consumed_sets": state.consumed_sets,
+            "layout": engine.layout.record(),
+            "optimizer": engine.optimizer_kind,
+            "precision": engine.precision.value,
+            "versions": versions(),
+        }
+        try:
+            self._partial = parallel.on_first_rank(
+                self._layout, lambda: files.start_partial(run_dir, state.step)
+            )
+        except OSError as error:
+            raise CheckpointError(f"{self.name} could not be written: {error}") from error
+        self._shards = ShardWriter(
+            _sharded_state(engine, is_loading=False),
+            self._partial / files.WEIGHTS,
+            in_memory=in_memory,
         )
-        final = files.finish_partial(partial, keep_last=keep_last)
-        logger.info("saved %s in %.1f s", final.name, time.monotonic() - started)
-    dist.barrier()
-    return final
+        self._own = _Written()
+
+    def write(self) -> None:
+        """Write this rank's files, and take their hashes; a failure is told by :meth:`finish`."""
+        try:
+            self._own.results = self._shards.write()
+            own = self._shards.own_files()
+            if self._layout.is_writer:
+                self._vocabulary.save(self._partial / files.VOCABULARY)
+                for name, content in self._json.items():
+                    write_json(self._partial / name, content)
+                own += [self._partial / name for name in (files.VOCABULARY, *self._json)]
+            self._own.entries = self._described(own)
+        except (OSError, RuntimeError) as error:  # torch's writer of archives raises the latter
+            self._own.failure = f"rank {self._layout.rank}: {error}"
+
+    def finish(self, *, keep_last: int) -> Path:
+        """Wait for all ranks, give the checkpoint its name and drop the oldest; return its path.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if any could not write; what was there before is untouched.
+        """
+        every: list[Any] = [None] * self._layout.world_size
+        dist.all_gather_object(every, self._own)
+        try:
+            return parallel.on_first_rank(
+                self._layout, lambda: self._complete(every, keep_last=keep_last)
+            )
+        except OSError as error:
+            raise CheckpointError(f"{self.name} could not be written: {error}") from error
+
+    def _complete(self, every: list[_Written], *, keep_last: int) -> Path:
+        try:
+            failures = [written.failure for written in every if written.failure]
+            if failures:
+                raise OSError("; ".join(failures))
+            entries = {name: entry for written in every for name, entry in written.entries.items()}
+            entries |= self._described(self._shards.complete([w.results for w in every]))
+            manifest = {**self._manifest, "files": dict(sorted(entries.items()))}
+            write_json(self._partial / files.MANIFEST, manifest)
+            return files.finish_partial(self._partial, keep_last=keep_last)
+        except OSError:
+            # A full disk needs the room, and nothing of it can be used.
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+
+    def _described(self, paths: list[Path]) -> dict[str, dict[str, Any]]:
+        return {str(p.relative_to(self._partial)): files.describe_file(p) for p in paths}
+
+
+@dataclass
+class _Written:
+    """What one rank tells the others of its files."""
+
+    failure: str = ""
+    results: list[WriteResult] = field(default_factory=list)
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def load_checkpoint(checkpoint: Path, engine: Engine) -> TrainingState:
@@ -137,23 +196,8 @@ def load_checkpoint(checkpoint: Path, engine: Engine) -> TrainingState:
     return TrainingState(**read_json(checkpoint / files.STATE))
 
 
-def save_weights(folder: Path, engine: Engine) -> None:
-    """Write the shards of model, average and optimizer; a collective of all ranks."""
-    try:
-        dist_checkpointing.save(
-            _sharded_state(engine, is_loading=False),
-            str(folder),
-            sharded_strategy=_InProcessSave("torch_dist", 1),
-        )
-    except CheckpointException as error:  # torch's, with the failure of each rank
-        causes = "; ".join(f"rank {r}: {cause}" for r, (cause, _) in error.failures.items())
-        raise CheckpointError(f"{folder.parent.name} could not be written: {causes}") from error
-    except (CheckpointingException, OSError) as error:
-        raise CheckpointError(f"{folder.parent.name} could not be written: {error}") from error
-
-
 def load_weights(folder: Path, engine: Engine) -> None:
-    """Read what :func:`save_weights` wrote, from any layout; a collective of all ranks."""
+    """Read the weights of a checkpoint of any layout; a collective of all ranks."""
     if engine.distributed_optimizer:
         optim.prepare_spread_state(engine.optimizer)
     wanted = _sharded_state(engine, is_loading=True)
@@ -229,32 +273,6 @@ def _renamed(entry: Any, prefix: str, data: Tensor) -> Any:
     if isinstance(entry, ShardedTensorFactory):
         return replace(entry, key=prefix + entry.key, data=data)
     return replace(entry, key=prefix + entry.key, data=data, dtype=data.dtype)
-
-
-def _writer_of(path: Path) -> int:
-    """Return the rank that wrote a file of ``weights/``: shards are called ``__<rank>_<n>``."""
-    return int(path.name.split("_")[2]) if path.name.startswith("__") else 0
-
-
-class _InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Writes shards from the training process.
-
-    Megatron's own writer starts a manager process that imports the main script again (2-7 s for the
-    first save), forks writers from a process with threads, and leaves orphans behind when a rank is
-    killed. The files are the same.
-    """
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        save_tensors(
-            mcore_to_pyt_state_dict(by_key, is_loading=False),
-            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
-        )
 
 
 # --- prediction and finetuning ------------------------------------------------------------------

@@ -156,6 +156,7 @@ def train(
                 metrics |= validate(model, step)
         if metrics:
             log.write(step, metrics, eta_seconds=clock.eta_seconds())
+        saver.poll()
         if step % config.checkpoint.every_steps == 0 or is_last or result.stop_requested:
             with clock.aside():
                 position = data.state_dict(consumed_sets)

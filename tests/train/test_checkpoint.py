@@ -46,12 +46,12 @@ VOCABULARY = Vocabulary(
 
 
 def save(engine, run_dir: Path, step: int, keep_last: int = 2) -> Path:
-    from scale.train.checkpoint import save_checkpoint
+    from scale.train.checkpoint import CheckpointWrite
 
     state = TrainingState(step=step, consumed_sets=4 * step, data={"seed": 0})
-    return save_checkpoint(
-        run_dir, engine, state, record=RECORD, vocabulary=VOCABULARY, keep_last=keep_last
-    )
+    write = CheckpointWrite(run_dir, engine, state, record=RECORD, vocabulary=VOCABULARY)
+    write.write()
+    return write.finish(keep_last=keep_last)
 
 
 def train_and_save(context: RankContext, tensor_size: int, run_dir: str, options: dict):
