@@ -7,6 +7,7 @@ reduction of gradients and optimizer wrappers, at world size 1 too.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class StepResult:
     """Treated cells of the global batch; the control cell of each comes with it."""
     data_wait_seconds: float
     """Of the rank that waited longest."""
+    rank_seconds: list[float]
+    """What each rank took for its data and passes, before it waited for the others."""
     stop_requested: bool
     """Whether any rank was asked to stop."""
 
@@ -108,7 +111,8 @@ class Engine:
             self._wrapped, config, lr=lr, precision=precision, distributed=distributed_optimizer
         )
         self.average = optim.MovingAverage(model, config.ema_decay)
-        settings.finalize_model_grads_func = finalize_model_grads
+        self._passes_done = 0.0
+        settings.finalize_model_grads_func = self._reduce_gradients
         settings.grad_scale_func = self.optimizer.scale_loss
         self._schedule = get_forward_backward_func()
 
@@ -151,8 +155,10 @@ class Engine:
             On every rank, before anything was changed, if a loss or the gradient is not finite on
             any of them.
         """
+        began = time.monotonic()
         losses = self.gradients(batches)
-        told = self._gather(batches, losses, data_wait_seconds, stop=stop_requested)
+        own = data_wait_seconds + self._passes_done - began
+        told = self._gather(batches, losses, data_wait_seconds, own, stop=stop_requested)
         self._refuse_non_finite(told, step)
         overflow = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.clip_grad_norm(self._config.clip_norm))
@@ -174,7 +180,8 @@ class Engine:
             grad_norm=grad_norm,
             num_cells=int(told.numbers[:, 2].sum()) // self.layout.tensor_model_parallel_size,
             data_wait_seconds=float(told.numbers[:, 3].max()),
-            stop_requested=bool(told.numbers[:, 4].any()),
+            rank_seconds=told.numbers[:, 4].tolist(),
+            stop_requested=bool(told.numbers[:, 5].any()),
         )
 
     def gradients(self, batches: list[Batch]) -> list[LossesLike]:
@@ -203,8 +210,15 @@ class Engine:
         )
         return kept
 
+    def _reduce_gradients(self, *arguments: Any, **options: Any) -> None:
+        """Sum gradients over ranks, once it is noted when this rank's own passes were done."""
+        if self.layout.device.type == "cuda" and self.layout.world_size > 1:
+            torch.cuda.synchronize(self.layout.device)
+        self._passes_done = time.monotonic()
+        finalize_model_grads(*arguments, **options)
+
     def _gather(
-        self, batches: list[Batch], losses: list[LossesLike], wait: float, *, stop: bool
+        self, batches: list[Batch], losses: list[LossesLike], wait: float, own: float, *, stop: bool
     ) -> _Told:
         """Exchange losses and facts of the step in one small message: a row per rank."""
         names = list(losses[0].parts)
@@ -219,7 +233,7 @@ class Engine:
         cells = sum(
             batch.treated_mask_BS.sum() for batch in batches if batch.treated_mask_BS is not None
         )
-        facts = torch.tensor([wait, float(stop)], dtype=torch.float64, device=device)
+        facts = torch.tensor([wait, own, float(stop)], dtype=torch.float64, device=device)
         row = torch.cat(
             [
                 means,
@@ -254,4 +268,4 @@ class _Told:
     losses: Tensor
     """The loss, then its parts."""
     numbers: Tensor
-    """First set, last set, treated cells, seconds of data wait, stop flag."""
+    """First set, last set, treated cells, seconds of data wait and of own work, stop flag."""
