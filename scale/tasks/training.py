@@ -38,6 +38,7 @@ from scale.runtime import (
 )
 from scale.tasks.validation import Validation
 from scale.train import parallel
+from scale.train.accounting import Accounting, measure_ceiling
 from scale.train.export import export_model, is_export, read_record
 from scale.train.loop import Validate, train
 from scale.train.manifest import MODEL, list_checkpoints, newest_checkpoint, read_manifest
@@ -118,12 +119,14 @@ def _train(
         resumed = Resumed(checkpoint=checkpoint, record=record, vocabulary=vocabulary)
     prepared = prepare(config, layout, resumed)
     model, data = prepared.model, prepared.data
+    accounting = _account(prepared, layout)
     run = RunRecord(
         run_dir,
         World(layout.rank, layout.world_size, 0),
         {
             "task": task,
             "layout": layout.record(),
+            **accounting.record(),
             "device": str(layout.device),
             "seed": config.trainer.seed,
             "store_fingerprint": data.store.fingerprint,
@@ -132,7 +135,7 @@ def _train(
         },
     )
     try:
-        for line in _describe(config, prepared, layout):
+        for line in _describe(config, prepared, layout, accounting):
             logger.info("%s", line)
         result = train(
             config,
@@ -141,6 +144,7 @@ def _train(
             vocabulary=data.vocabulary,
             data=data,
             layout=layout,
+            accounting=accounting,
             peak_lr=prepared.peak_lr,
             resume_from=checkpoint,
             validate=_validation(config, prepared, layout),
@@ -283,11 +287,25 @@ def _validation(config: Config, prepared: Prepared, layout: Layout) -> Validate 
     )
 
 
-def _describe(config: Config, prepared: Prepared, layout: Layout) -> list[str]:
+def _account(prepared: Prepared, layout: Layout) -> Accounting:
+    """Return what a cell costs, and on a GPU what the device can do."""
+    is_cuda = layout.device.type == "cuda"
+    return Accounting(
+        num_parameters=prepared.model.num_parameters(),
+        flops_per_cell=prepared.model.flops_per_cell(),
+        world_size=layout.world_size,
+        ceiling_tflops_per_second=(
+            measure_ceiling(layout.device, prepared.record.precision) if is_cuda else None
+        ),
+    )
+
+
+def _describe(
+    config: Config, prepared: Prepared, layout: Layout, accounting: Accounting
+) -> list[str]:
     sizes, sets = prepared.record.model, config.trainer.sets_per_batch
     return [
-        f"model {prepared.model.num_parameters():,} parameters, "
-        f"{prepared.model.flops_per_cell() / 1e6:,.3g} MFLOP per cell and step",
+        f"model {accounting.describe()}",
         f"layout: {layout.describe()}",
         f"{sets * sizes.set_size:,} cells per step: {sets} sets of {sizes.set_size} treated cells, "
         f"{micro_batch_sets(config.trainer, layout)} sets per forward pass of a rank; each cell "

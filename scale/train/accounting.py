@@ -74,6 +74,15 @@ class Accounting:
             told["train/mfu"] = reached / self.ceiling_tflops_per_second
         return told
 
+    def describe(self) -> str:
+        """Return the figures in words."""
+        text = f"{self.num_parameters:,} parameters, {self.flops_per_cell / 1e6:,.3g} MFLOP"
+        text += " per cell and step"
+        if self.ceiling_tflops_per_second is None:
+            return text
+        ceiling = f"{self.ceiling_tflops_per_second:,.0f} TFLOP/s"
+        return f"{text}; MFU is told against {ceiling}, measured in a matrix product here"
+
 
 def measure_ceiling(
     device: torch.device, precision: Precision, *, size: int = _CEILING_SIZE

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from scale.runtime import atomic_path, replace_nan
 
 logger = logging.getLogger(__name__)
 
-_FIRST_STEPS = 10
-"""Steps that the estimate of the end leaves out: caches fill, kernels compile."""
+FIRST_STEPS = 10
+"""Steps of a start that estimate and trace leave out: caches fill, kernels compile."""
 
 
 class MetricLog:
@@ -80,7 +81,7 @@ class MetricLog:
         seconds = self._seconds_before + time.monotonic() - self._started
         record = {
             "step": step,
-            **{name: replace_nan(float(value)) for name, value in metrics.items()},
+            **{name: replace_nan(value) for name, value in metrics.items()},
             "time_seconds": round(seconds, 3),
         }
         with self._path.open("a") as handle:
@@ -217,14 +218,23 @@ class Clock:
         self._step = done
         self._window = time.monotonic()
         self._marks = [(done, self._window)]
-        self._cells, self._waited, self._aside = 0, 0.0, 0.0
+        self._restart()
 
-    def add(self, step: int, num_cells: int, data_wait_seconds: float) -> None:
-        """Count a step that was done."""
+    def _restart(self) -> None:
+        self._steps, self._cells, self._waited, self._aside = 0, 0, 0.0, 0.0
+        self._by_rank: list[float] = []
+
+    def add(
+        self, step: int, num_cells: int, data_wait_seconds: float, rank_seconds: Sequence[float]
+    ) -> None:
+        """Count a step that was done, with what each rank took before it waited for the others."""
         self._step = step
+        self._steps += 1
         self._cells += num_cells
         self._waited += data_wait_seconds
-        if step - self._marks[0][0] == _FIRST_STEPS:
+        before = self._by_rank or [0.0] * len(rank_seconds)
+        self._by_rank = [a + b for a, b in zip(before, rank_seconds, strict=True)]
+        if step - self._marks[0][0] == FIRST_STEPS:
             self._marks.append((step, time.monotonic()))
 
     @contextmanager
@@ -237,15 +247,26 @@ class Clock:
             self._aside += time.monotonic() - before
 
     def read(self) -> dict[str, float]:
-        """Return the rates since the last call, and begin anew."""
+        """Return the rates since the last call, and begin anew.
+
+        Of several ranks the one that took longest over its own data and passes is named, with the
+        seconds per step that it took more than the median rank.
+        """
         now = time.monotonic()
         seconds = max(now - self._window - self._aside, 1e-9)
+        steps = max(self._steps, 1)
         rates = {
             "train/cells_per_second": self._cells / seconds,
+            "train/step_seconds": seconds / steps,
             "train/data_wait_fraction": min(1.0, self._waited / seconds),
         }
+        if len(self._by_rank) > 1:
+            slowest = max(self._by_rank)
+            lag = (slowest - statistics.median(self._by_rank)) / steps
+            rates["train/slowest_rank"] = self._by_rank.index(slowest)
+            rates["train/slowest_rank_lag_seconds"] = lag
         self._window = now
-        self._cells, self._waited, self._aside = 0, 0.0, 0.0
+        self._restart()
         return rates
 
     def eta_seconds(self) -> float:

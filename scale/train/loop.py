@@ -13,13 +13,16 @@ import torch
 
 from scale.config import FinetuneConfig, PretrainConfig
 from scale.runtime import StopSignal, peak_memory_bytes
+from scale.train.accounting import Accounting
 from scale.train.checkpoint import load_checkpoint
 from scale.train.engine import Engine, StepResult
 from scale.train.log import Clock, MetricLog
 from scale.train.optim import learning_rate
 from scale.train.parallel import Layout, micro_batch_sets
+from scale.train.profile import StepProfiler
 from scale.train.record import ModelRecord, TrainingState
 from scale.train.saver import CheckpointSaver
+from scale.train.watchdog import Watchdog
 from scale.types import Vocabulary
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ def train(
     vocabulary: Vocabulary,
     data: CellSetDataModule,
     layout: Layout,
+    accounting: Accounting,
     peak_lr: float,
     resume_from: Path | None,
     validate: Validate | None,
@@ -73,6 +77,8 @@ def train(
         Training batches and the position in them.
     layout
         From :func:`scale.train.parallel.start`.
+    accounting
+        What a cell costs; tells MFU.
     peak_lr
         Highest learning rate.
     resume_from
@@ -88,6 +94,8 @@ def train(
     ------
     NonFiniteError
         If a loss or gradient is not finite; the last checkpoint is untouched.
+    PeerError
+        If another rank ended or does not answer.
     PlanError, CheckpointError
         If the checkpoint does not fit.
     """
@@ -124,54 +132,81 @@ def train(
     saver = CheckpointSaver(
         run_dir, engine, config.checkpoint, record=record, vocabulary=vocabulary
     )
+    profiler = StepProfiler(
+        run_dir, trainer.profile_steps, first_step=first_step, is_writer=layout.is_writer
+    )
+    watchdog = Watchdog(
+        run_dir,
+        rank=layout.rank,
+        world_size=layout.world_size,
+        timeout_seconds=config.parallel.timeout_seconds,
+        step=first_step,
+    )
+    save_seconds: dict[str, float] = {}
 
-    for step in range(first_step + 1, trainer.max_steps + 1):
-        asked = time.monotonic()
-        micro_batches = next(batches)
-        waited = time.monotonic() - asked
-        lr = learning_rate(
-            step,
-            peak=peak_lr,
-            warmup_steps=config.optimizer.warmup_steps,
-            max_steps=trainer.max_steps,
-            final_fraction=config.optimizer.final_lr_fraction,
-        )
-        out_of_time = trainer.max_hours is not None and asked - started > trainer.max_hours * 3600.0
-        result = engine.step(
-            micro_batches,
-            step=step,
-            lr=lr,
-            data_wait_seconds=waited,
-            stop_requested=out_of_time or stop.received is not None,
-        )
-        consumed_sets += trainer.sets_per_batch
-        clock.add(step, result.num_cells, result.data_wait_seconds)
-        is_last = step == trainer.max_steps
-        metrics: dict[str, float] = {}
-
-        if step % trainer.log_every_steps == 0 or step == first_step + 1 or is_last:
-            metrics |= _told(result, lr) | clock.read() | _system(layout)
-        if validate is not None and (step % config.validation.every_steps == 0 or is_last):
-            with clock.aside(), engine.averaged_weights():
-                metrics |= validate(model, step)
-        if metrics:
-            log.write(step, metrics, eta_seconds=clock.eta_seconds())
-        saver.poll()
-        if step % config.checkpoint.every_steps == 0 or is_last or result.stop_requested:
-            with clock.aside():
-                position = data.state_dict(consumed_sets)
-                saver.save(TrainingState(step=step, consumed_sets=consumed_sets, data=position))
-        if is_last or result.stop_requested:
-            checkpoint = saver.finish()
-            log.close()
-            reason = "finished" if is_last else _reason(stop, out_of_time=out_of_time)
-            return TrainResult(
-                step=step,
-                is_finished=is_last,
-                reason=reason,
-                checkpoint=checkpoint,
-                last=result,
+    with watchdog:
+        for step in range(first_step + 1, trainer.max_steps + 1):
+            lr = learning_rate(
+                step,
+                peak=peak_lr,
+                warmup_steps=config.optimizer.warmup_steps,
+                max_steps=trainer.max_steps,
+                final_fraction=config.optimizer.final_lr_fraction,
             )
+            with profiler.step(step):
+                watchdog.beat(step - 1, "reading the next batch")
+                asked = time.monotonic()
+                micro_batches = next(batches)
+                waited = time.monotonic() - asked
+                hours = (asked - started) / 3600.0
+                out_of_time = trainer.max_hours is not None and hours > trainer.max_hours
+                watchdog.beat(step - 1, f"taking step {step}")
+                result = engine.step(
+                    micro_batches,
+                    step=step,
+                    lr=lr,
+                    data_wait_seconds=waited,
+                    stop_requested=out_of_time or stop.received is not None,
+                )
+            watchdog.beat(step, "logging")
+            consumed_sets += trainer.sets_per_batch
+            clock.add(step, result.num_cells, result.data_wait_seconds, result.rank_seconds)
+            is_last = step == trainer.max_steps
+            metrics: dict[str, float] = {}
+
+            if step % trainer.log_every_steps == 0 or step == first_step + 1 or is_last:
+                rates = clock.read()
+                metrics |= _told(result, lr) | rates
+                metrics |= accounting.metrics(rates["train/cells_per_second"])
+                metrics |= save_seconds | _system(layout)
+                save_seconds = {}
+            if validate is not None and (step % config.validation.every_steps == 0 or is_last):
+                watchdog.beat(step, "validating", is_limited=False)
+                with clock.aside(), engine.averaged_weights():
+                    metrics |= validate(model, step)
+            if metrics:
+                log.write(step, metrics, eta_seconds=clock.eta_seconds())
+            watchdog.beat(step, "saving a checkpoint")
+            saver.poll()
+            if step % config.checkpoint.every_steps == 0 or is_last or result.stop_requested:
+                with clock.aside():
+                    began = time.monotonic()
+                    position = data.state_dict(consumed_sets)
+                    saver.save(TrainingState(step=step, consumed_sets=consumed_sets, data=position))
+                    save_seconds = {"train/save_seconds": time.monotonic() - began}
+            if is_last or result.stop_requested:
+                checkpoint = saver.finish()
+                watchdog.beat(step, "ending")
+                profiler.close()
+                log.close()
+                reason = "finished" if is_last else _reason(stop, out_of_time=out_of_time)
+                return TrainResult(
+                    step=step,
+                    is_finished=is_last,
+                    reason=reason,
+                    checkpoint=checkpoint,
+                    last=result,
+                )
     raise AssertionError("a finished run is not started again")
 
 

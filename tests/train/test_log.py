@@ -81,12 +81,24 @@ def test_wandb_that_is_missing_warns_once(tmp_path, caplog):
 
 def test_clock_counts_cells_of_its_window():
     clock = Clock(0, 100)
-    clock.add(1, 64, 0.0)
+    clock.add(1, 64, 0.0, [0.1])
     first = clock.read()
     assert first["train/cells_per_second"] > 0
+    assert first["train/step_seconds"] * first["train/cells_per_second"] == pytest.approx(64)
     assert clock.read()["train/cells_per_second"] == 0
-    clock.add(2, 64, 1e9)
+    clock.add(2, 64, 1e9, [0.1])
     assert clock.read()["train/data_wait_fraction"] == 1.0
     for step in range(3, 13):
-        clock.add(step, 64, 0.0)
+        clock.add(step, 64, 0.0, [0.1])
         assert clock.eta_seconds() > 0
+
+
+def test_clock_names_the_rank_that_holds_up_the_others():
+    clock = Clock(0, 100)
+    for step in (1, 2):
+        clock.add(step, 64, 0.0, [0.2, 0.7, 0.2, 0.3])
+    rates = clock.read()
+    assert rates["train/slowest_rank"] == 1
+    assert rates["train/slowest_rank_lag_seconds"] == pytest.approx(0.45)
+    clock.add(3, 64, 0.0, [0.2])  # one process has nobody to wait for
+    assert "train/slowest_rank" not in clock.read()
