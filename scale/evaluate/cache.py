@@ -28,7 +28,7 @@ import scipy.sparse as sp
 
 from scale.evaluate import sides, statistics
 from scale.evaluate.sides import GeneTables, gene_tables
-from scale.evaluate.statistics import GeneTests, SortedControl
+from scale.evaluate.statistics import GeneTests
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class TableCache:
         self.num_found = self.num_made = 0
 
     def gene_tables(
-        self, conditions: Sequence[sp.csr_matrix], control: SortedControl, names: Sequence[str]
+        self, conditions: Sequence[sp.csr_matrix], control: sp.csr_matrix, names: Sequence[str]
     ) -> GeneTables:
         """Return the tables of :func:`scale.evaluate.sides.gene_tables`, made once.
 
@@ -80,7 +80,7 @@ class TableCache:
             What the cells are: context, part, labels of the conditions.
         """
         key = self._key(conditions, control, names)
-        tables = self._read(key, (len(conditions), control.start_G1.size - 1))
+        tables = self._read(key, (len(conditions), control.shape[1]))
         if tables is None:
             tables = gene_tables(conditions, control)
             self._write(key, tables)
@@ -90,13 +90,12 @@ class TableCache:
         return tables
 
     def _key(
-        self, conditions: Sequence[sp.csr_matrix], control: SortedControl, names: Sequence[str]
+        self, conditions: Sequence[sp.csr_matrix], control: sp.csr_matrix, names: Sequence[str]
     ) -> str:
         found = self._base.copy()
-        found.update(_joined([*names, str(control.num_cells)]))
-        arrays: list[npt.NDArray[Any]] = [control.values, control.start_G1]
-        arrays += [control.ties_G, control.mean_G]
-        for cells in conditions:
+        found.update(_joined(names))
+        arrays: list[npt.NDArray[Any]] = []
+        for cells in (control, *conditions):
             arrays += [np.array(cells.shape), cells.indptr, cells.indices, cells.data]
         for array in arrays:
             found.update(f"{array.dtype.str}{array.shape}".encode())
@@ -133,7 +132,7 @@ class TableCache:
 
 def _code() -> bytes:
     """What computes the tables: the text of two modules, and versions of what they call."""
-    versions = [f"{name} {version(name)}" for name in ("numpy", "scipy", "numba")]
+    versions = [f"{name} {version(name)}" for name in ("numpy", "scipy")]
     return _joined([inspect.getsource(statistics), inspect.getsource(sides), *versions])
 
 

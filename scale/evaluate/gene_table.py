@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scale.evaluate.context import Context
-from scale.evaluate.statistics import rank_sum
+from scale.evaluate.statistics import column_means, rank_sum
 
 
 def gene_table(context: Context, genes: tuple[str, ...]) -> pd.DataFrame:
@@ -24,13 +24,13 @@ def gene_table(context: Context, genes: tuple[str, ...]) -> pd.DataFrame:
     observed = context.observed
     assert observed.cells is not None
     control, tests = observed.control.tested, observed.cells.tests
-    reference_G = np.expm1(control.mean_G)
+    reference_G = np.expm1(column_means(control))
+    statistic_PG, _ = rank_sum(control, context.cells)
     blocks = []
     for place, (label, cells) in enumerate(zip(context.labels, context.cells, strict=True)):
         target_G = np.expm1(observed.mean_PG[place])
         with np.errstate(divide="ignore", invalid="ignore"):
             change_G = (target_G - reference_G) / reference_G
-        statistic_G, _ = rank_sum(control, cells)
         blocks.append(
             pd.DataFrame(
                 {
@@ -39,11 +39,11 @@ def gene_table(context: Context, genes: tuple[str, ...]) -> pd.DataFrame:
                     "target_mean": target_G,
                     "ref_mean": reference_G,
                     "target_membership": cells.shape[0],
-                    "ref_membership": control.num_cells,
+                    "ref_membership": control.shape[0],
                     "log2_fold_change": tests.lfc_PG[place].astype(np.float64),
                     "percent_change": np.where(np.isnan(change_G), 0.0, change_G),
                     "p_value": tests.p_PG[place],
-                    "statistic": statistic_G,
+                    "statistic": statistic_PG[place],
                     "fdr": tests.fdr_PG[place].astype(np.float64),
                 }
             )

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from scipy.spatial.distance import cdist
-from scipy.stats import rankdata
 
 from scale.evaluate.statistics import Floats, Floats32, GeneTests
 
@@ -314,7 +313,13 @@ def _share(part: npt.ArrayLike, whole: npt.ArrayLike) -> Floats:
 def _spearman(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> float:
     if x.size < 2:
         return float("nan")
-    return float(pearson(rankdata(x)[None], rankdata(y)[None])[0])
+    return float(pearson(_ranks(x)[None], _ranks(y)[None])[0])
+
+
+def _ranks(values: npt.NDArray[Any]) -> Floats:
+    """Return the rank of each value; equal ones share their mean rank."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(count) - 0.5 * (count - 1))[place])
 
 
 def spearman_fold_change(predicted: GeneTests, observed: GeneTests) -> Floats:

@@ -17,11 +17,8 @@ from scale.evaluate.distances import Space, within_distance
 from scale.evaluate.statistics import (
     Floats,
     GeneTests,
-    SortedControl,
-    column_means,
     column_sums,
     gene_tests,
-    sort_control,
 )
 
 
@@ -44,7 +41,7 @@ class Control:
     mean_G: Floats
     variance_G: Floats
     num_cells: int
-    tested: SortedControl
+    tested: sp.csr_matrix
     points: Floats
     within: float
 
@@ -107,13 +104,17 @@ class Side:
 def moments(cells: sp.csr_matrix) -> tuple[Floats, Floats]:
     """Return the mean and the unbiased variance of every gene."""
     count = cells.shape[0]
-    mean_G = column_means(cells)
-    squares = sp.csr_matrix(
-        (cells.data.astype(np.float64) ** 2, cells.indices, cells.indptr), shape=cells.shape
-    )
-    square_G = column_sums(squares)
+    mean_G = column_sums(cells) / count
+    square_M = cells.data.astype(np.float64) ** 2
+    square_G = np.bincount(cells.indices, square_M, minlength=cells.shape[1])
     variance_G = (square_G - count * mean_G**2) / max(count - 1, 1)
     return mean_G, np.maximum(variance_G, 0.0)
+
+
+def _zero_share(cells: sp.csr_matrix) -> Floats:
+    """Return the share of cells without the gene, of every gene; stored zeros are zeros."""
+    stored_G = np.bincount(cells.indices[cells.data != 0], minlength=cells.shape[1])
+    return np.asarray(1.0 - stored_G / cells.shape[0])
 
 
 def make_control(
@@ -136,21 +137,21 @@ def make_control(
         mean_G=mean_G,
         variance_G=variance_G,
         num_cells=cells.shape[0],
-        tested=sort_control(tested),
+        tested=tested,
         points=points,
         within=within_distance(points),
     )
 
 
-def gene_tables(conditions: Sequence[sp.csr_matrix], control: SortedControl) -> GeneTables:
+def gene_tables(conditions: Sequence[sp.csr_matrix], control: sp.csr_matrix) -> GeneTables:
     """Return the tables of the cells of each condition, tested against ``control``."""
     pairs = [moments(c) for c in conditions]
-    zeros = [1.0 - np.asarray((c != 0).mean(axis=0)).ravel() for c in conditions]
+    mean_PG = np.stack([mean_G for mean_G, _ in pairs])
     return GeneTables(
-        mean_PG=np.stack([mean_G for mean_G, _ in pairs]),
+        mean_PG=mean_PG,
         variance_PG=np.stack([variance_G for _, variance_G in pairs]),
-        zeros_PG=np.stack(zeros),
-        tests=gene_tests(control, list(conditions)),
+        zeros_PG=np.stack([_zero_share(c) for c in conditions]),
+        tests=gene_tests(control, conditions, mean_PG),
     )
 
 

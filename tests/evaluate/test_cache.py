@@ -11,7 +11,6 @@ from small_screen import evaluate, hold_out, screen
 
 from scale.evaluate.cache import TableCache
 from scale.evaluate.sides import gene_tables
-from scale.evaluate.statistics import sort_control
 
 GENES = [f"g{g}" for g in range(30)]
 LABELS = ["one", "two", "three"]
@@ -33,7 +32,7 @@ def some_cells(seed=0):
 def ask(folder, cells, control, *, genes=GENES, names=("A549", *LABELS)):
     """(tables, whether they were found)."""
     cache = TableCache(folder, ["strict", *genes])
-    tables = cache.gene_tables(cells, sort_control(control), names)
+    tables = cache.gene_tables(cells, control, names)
     assert cache.num_found + cache.num_made == 1
     return tables, cache.num_found == 1
 
@@ -60,7 +59,7 @@ def kept(folder):
 
 def test_what_is_found_is_what_would_be_made_bit_for_bit(tmp_path):
     cells, control = some_cells()
-    expected = gene_tables(cells, sort_control(control))
+    expected = gene_tables(cells, control)
     assert np.isinf(expected.tests.lfc_PG).any()  # infinities and 0 / 0 go through the file too
     made, was_found = ask(tmp_path / "deep" / "cache", cells, control)
     assert not was_found
@@ -150,7 +149,7 @@ def test_any_changed_input_misses(change, tmp_path):
     changed = {"cells": cells, "control": control} | change(cells, control)
     tables, was_found = ask(tmp_path, **changed)
     assert not was_found
-    assert_same(tables, gene_tables(changed["cells"], sort_control(changed["control"])))
+    assert_same(tables, gene_tables(changed["cells"], changed["control"]))
     assert ask(tmp_path, *some_cells())[1]  # the first one is still there
     assert len(kept(tmp_path)) == 2
 
@@ -196,7 +195,7 @@ def test_a_file_of_another_key_is_not_taken(tmp_path):
     second.write_bytes(first.read_bytes())  # whole, but not what the name says
     tables, was_found = ask(tmp_path, cells, control)
     assert not was_found
-    assert_same(tables, gene_tables(cells, sort_control(control)))
+    assert_same(tables, gene_tables(cells, control))
 
 
 def test_what_a_killed_run_left_is_not_taken(tmp_path):
@@ -211,7 +210,7 @@ def test_what_a_killed_run_left_is_not_taken(tmp_path):
 
 def test_runs_may_share_a_folder_at_the_same_time(tmp_path):
     cells, control = some_cells()
-    expected = gene_tables(cells, sort_control(control))
+    expected = gene_tables(cells, control)
     barrier, found = threading.Barrier(8), []
 
     def work():
@@ -242,8 +241,8 @@ def test_a_folder_that_takes_nothing_costs_time_not_the_run(tmp_path, caplog):
     cells, control = some_cells()
     cache = TableCache(tmp_path / "cache", GENES)
     (tmp_path / "cache").rmdir()
-    tables = cache.gene_tables(cells, sort_control(control), LABELS)
-    assert_same(tables, gene_tables(cells, sort_control(control)))
+    tables = cache.gene_tables(cells, control, LABELS)
+    assert_same(tables, gene_tables(cells, control))
     assert "is not kept" in caplog.text
 
 
