@@ -25,6 +25,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import (
         copy_to_tensor_model_parallel_region,
@@ -39,17 +40,20 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_block import (
         TransformerBlock,
         TransformerBlockSubmodules,
+        get_num_layers_to_build,
     )
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import (
         TransformerLayer,
         TransformerLayerSubmodules,
+        get_transformer_layer_offset,
     )
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 __all__ = [
     "MegatronModule",
     "ModelType",
+    "P2PCommunicator",
     "RMSNorm",
     "SDPACoreAttention",
     "TransformerBlock",
@@ -59,8 +63,13 @@ __all__ = [
     "build_block",
     "choose_provider",
     "copy_to_tensor_model_parallel_region",
+    "first_layer",
     "gather_from_sequence_parallel_region",
+    "last_stage",
     "make_sharded_tensors_for_checkpoint",
+    "pipeline_group",
+    "pipeline_rank",
+    "pipeline_size",
     "reduce_from_tensor_model_parallel_region",
     "tensor_parallel_rank",
     "tensor_parallel_size",
@@ -79,6 +88,26 @@ def tensor_parallel_size() -> int:
 def tensor_parallel_rank() -> int:
     """Return which of them this one is."""
     return int(parallel_state.get_tensor_model_parallel_rank())
+
+
+def pipeline_size() -> int:
+    """Return into how many stages the set blocks are split."""
+    return int(parallel_state.get_pipeline_model_parallel_world_size())
+
+
+def pipeline_rank() -> int:
+    """Return the stage of this rank; 0 is the first."""
+    return int(parallel_state.get_pipeline_model_parallel_rank())
+
+
+def pipeline_group() -> Any:
+    """Return the ranks that hold the stages of one model."""
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def last_stage() -> int:
+    """Return the rank, in the world, of the last stage of this model."""
+    return int(parallel_state.get_pipeline_model_parallel_last_rank())
 
 
 # --- layers of the torch provider ---------------------------------------------------------------
@@ -225,7 +254,8 @@ def block_config(
     ffn_hidden_size: int,
     precision: Precision,
     qk_norm: bool = False,
-    tensor_parallel: bool = True,
+    recompute: bool = False,
+    first_stage_layers: int | None = None,
 ) -> TransformerConfig:
     """Return Megatron's settings of a stack of pre-norm SwiGLU layers without bias or dropout.
 
@@ -235,10 +265,15 @@ def block_config(
         Sizes of the stack.
     precision
         Number format of weights and activations.
-    tensor_parallel
-        Share the layers over the tensor parallel ranks; False = every rank holds them whole.
+    recompute
+        Keep the input of each layer only, and compute the layer again for its gradient.
+    first_stage_layers
+        Layers on the first pipeline stage, of a stack that the ranks of a model share; None = a
+        stack that a rank holds whole.
     """
-    size = tensor_parallel_size() if tensor_parallel else 1
+    is_shared = first_stage_layers is not None
+    size = tensor_parallel_size() if is_shared else 1
+    stages = pipeline_size() if is_shared else 1
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     return TransformerConfig(
         num_layers=num_layers,
@@ -248,6 +283,13 @@ def block_config(
         tensor_model_parallel_size=size,
         # More than one rank: they share cells wherever they do not share weights.
         sequence_parallel=size > 1,
+        pipeline_model_parallel_size=stages,
+        num_layers_in_first_pipeline_stage=first_stage_layers if stages > 1 else None,
+        # What was sent on is kept by the stage that has it.
+        deallocate_pipeline_outputs=stages > 1,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
         bf16=precision is Precision.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -277,7 +319,7 @@ def build_block(
     provider: Any,
     layer: type[TransformerLayer] = TransformerLayer,
 ) -> TransformerBlock:
-    """Return a stack of ``layer`` with a final norm.
+    """Return this rank's stage of a stack of ``layer``; the last one ends with a norm.
 
     Norms and linear maps are separate modules with both providers, so that both save the same
     names and a modulation can stand between them.
@@ -312,13 +354,20 @@ def build_block(
             mlp_bda=_bias_dropout_add,
         ),
     )
+    groups = _process_groups(config)
+    num_layers = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
     return TransformerBlock(
         config,
-        TransformerBlockSubmodules(
-            layer_specs=[specification] * config.num_layers, layer_norm=norm
-        ),
-        pg_collection=_process_groups(config),
+        TransformerBlockSubmodules(layer_specs=[specification] * num_layers, layer_norm=norm),
+        # The stack of a stage reads what it is given, so that it is always told to be the first.
+        post_process=groups.pp.rank() == groups.pp.size() - 1,
+        pg_collection=groups,
     )
+
+
+def first_layer(config: TransformerConfig) -> int:
+    """Return the number, in the whole stack, of the first layer on this rank's stage."""
+    return int(get_transformer_layer_offset(config))
 
 
 def _bias_dropout_add(training: bool, fused: bool) -> Any:  # noqa: FBT001
@@ -332,7 +381,9 @@ def _bias_dropout_add(training: bool, fused: bool) -> Any:  # noqa: FBT001
 
 def _process_groups(config: TransformerConfig) -> ProcessGroupCollection:
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    # Context parallelism is not offered, so its group is this rank alone.
     if config.tensor_model_parallel_size == 1:
-        # Context parallelism is not offered, so its group is this rank alone.
         groups.tp = groups.cp
+    if config.pipeline_model_parallel_size == 1:
+        groups.pp = groups.cp
     return groups

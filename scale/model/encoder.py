@@ -10,6 +10,7 @@ D = width.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from scale.model.backend import (
     block_config,
     build_block,
     make_sharded_tensors_for_checkpoint,
+    pipeline_rank,
     reduce_from_tensor_model_parallel_region,
     tensor_parallel_size,
 )
@@ -59,7 +61,13 @@ class PatchEncoder(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, num_genes: int, precision: Precision, provider: Any
+        self,
+        config: ModelConfig,
+        num_genes: int,
+        precision: Precision,
+        provider: Any,
+        *,
+        recompute: bool,
     ) -> None:
         super().__init__()
         width, self.patch_size = config.gene_hidden_size, config.gene_patch_size
@@ -71,7 +79,7 @@ class PatchEncoder(nn.Module):
             num_heads=config.gene_num_heads,
             ffn_hidden_size=gene_ffn_size(width),
             precision=precision,
-            tensor_parallel=False,
+            recompute=recompute,
         )
         dtype = block.params_dtype
         shape = (self.num_patches, self.patch_size, width)
@@ -114,11 +122,16 @@ class PatchEncoder(nn.Module):
 
 
 def build_encoder(
-    config: ModelConfig, num_genes: int, precision: Precision, provider: Any
+    config: ModelConfig,
+    num_genes: int,
+    precision: Precision,
+    provider: Any,
+    *,
+    recompute: bool = False,
 ) -> LinearEncoder | PatchEncoder:
     """Return the encoder that the settings ask for."""
     if config.gene_layers:
-        return PatchEncoder(config, num_genes, precision, provider)
+        return PatchEncoder(config, num_genes, precision, provider, recompute=recompute)
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     return LinearEncoder(config.hidden_size, num_genes, dtype)
 
@@ -180,6 +193,15 @@ def replicated_state(module: nn.Module, prefix: str) -> dict[str, Any]:
 
 
 def replicated_tensors(tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
-    """Return a sharded state of tensors that all ranks hold whole."""
+    """Return a sharded state of tensors that all ranks of this stage hold whole."""
     result: dict[str, Any] = make_sharded_tensors_for_checkpoint(tensors, prefix)
     return result
+
+
+def replicated_on_stages(tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Return a sharded state of tensors that all ranks of all pipeline stages hold whole."""
+    result = replicated_tensors(tensors, prefix)
+    return {
+        name: replace(entry, replica_id=(pipeline_rank(), *entry.replica_id[1:]))
+        for name, entry in result.items()
+    }

@@ -3,13 +3,14 @@
 Megatron's blocks want the cells first; the transposition happens here and nowhere else.
 
 Shapes: B = sets in the batch, S = cells per set (of this rank where ranks share the cells),
-D = width, G = genes.
+R = rows of a message between pipeline stages, D = width, G = genes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -21,6 +22,7 @@ from scale.model.backend import (
     TransformerLayer,
     build_block,
     copy_to_tensor_model_parallel_region,
+    first_layer,
     gather_from_sequence_parallel_region,
     tensor_parallel_rank,
     tensor_parallel_size,
@@ -29,6 +31,9 @@ from scale.runtime import derive
 
 NUM_MODULATIONS = 6
 """Shift, scale and gate of the attention, then of the feed-forward part."""
+
+NUM_MESSAGE_ROWS = NUM_MODULATIONS + 1
+"""Rows of a message between pipeline stages before its cells: the condition and the mask."""
 
 # Of maps; rows of tables have deviation 1. At gain 1 what cells have in common drowns the
 # perturbation: two simulated screens, tiny, 500 steps, energy distance over the control copy's .72
@@ -75,35 +80,92 @@ class ConditionedLayer(TransformerLayer):  # type: ignore[misc]
         return torch.addcmul(x_SBD, gate_2, fed_SBD), context
 
 
+@dataclass(frozen=True, slots=True)
+class CellsInBlocks:
+    """Cells between two set blocks, with what each block needs beside them.
+
+    Parameters
+    ----------
+    x_SBD
+        This rank's cells.
+    modulation_B6D
+        The condition, for this rank's cells.
+    mask_BS
+        True for real cells, of the whole set; None where all are real, which keeps the fast
+        attention kernels.
+    """
+
+    x_SBD: Tensor
+    modulation_B6D: Tensor
+    mask_BS: Tensor | None
+
+    @classmethod
+    def enter(cls, x_BSD: Tensor, modulation_B6D: Tensor, mask_BS: Tensor | None) -> CellsInBlocks:
+        """Return encoded cells before the first block.
+
+        The condition is equal on all ranks that share cells; its gradient is summed over them here,
+        once for the blocks of all pipeline stages.
+        """
+        x_SBD = x_BSD.transpose(0, 1).contiguous()
+        return cls(x_SBD, spread_over_cells(modulation_B6D), mask_BS)
+
+    @property
+    def x_BSD(self) -> Tensor:
+        """Cells of this rank, set by set."""
+        return self.x_SBD.transpose(0, 1)
+
+    def message(self, dtype: torch.dtype) -> Tensor:
+        """Return all of it in one tensor [R, B, D], as Megatron sends it to the next stage.
+
+        Six rows are the condition, one is the mask of the whole set, the others are cells.
+        """
+        _, num_sets, width = self.x_SBD.shape
+        mask_BD = self.x_SBD.new_ones(num_sets, width)
+        if self.mask_BS is not None:
+            mask_BD[:, : self.mask_BS.shape[1]] = self.mask_BS.to(mask_BD.dtype)
+        rows = (self.modulation_B6D.transpose(0, 1), mask_BD[None], self.x_SBD)
+        return torch.cat([row.to(dtype) for row in rows])
+
+    @classmethod
+    def of_message(cls, message_RBD: Tensor, *, is_full: bool) -> CellsInBlocks:
+        """Return what an earlier stage sent.
+
+        Parameters
+        ----------
+        message_RBD
+            See :meth:`message`.
+        is_full
+            Whether all cells of all sets are real.
+        """
+        x_SBD = message_RBD[NUM_MESSAGE_ROWS:]
+        modulation_B6D = message_RBD[:NUM_MODULATIONS].transpose(0, 1)
+        if modulation_B6D.dtype == torch.bfloat16:
+            modulation_B6D = modulation_B6D.float()  # layers add to it and sum its gradient
+        mask_BS = None
+        if not is_full:
+            set_size = len(x_SBD) * tensor_parallel_size()
+            mask_BS = message_RBD[NUM_MODULATIONS, :, :set_size] > 0.5
+        return cls(x_SBD, modulation_B6D, mask_BS)
+
+
 class SetBlocks(nn.Module):
-    """The stack of conditioned layers over the cells of a set: bidirectional, without positions."""
+    """The conditioned layers of this rank's stage: bidirectional, without positions."""
 
     def __init__(self, config: TransformerConfig, provider: Any) -> None:
         super().__init__()
         self.config = config
         self.stack = build_block(config, provider, ConditionedLayer)
+        self.first_layer = first_layer(config)
 
-    def forward(self, x_BSD: Tensor, modulation_B6D: Tensor, mask_BS: Tensor | None) -> Tensor:
-        """Return the normalised output for this rank's cells.
-
-        Parameters
-        ----------
-        x_BSD
-            This rank's cells.
-        modulation_B6D
-            The condition, equal on all ranks that share cells.
-        mask_BS
-            True for real cells, of the whole set; None where all are real, which keeps the fast
-            attention kernels.
-        """
-        hidden_B11S = None if mask_BS is None else ~mask_BS[:, None, None, :]
-        out_SBD = self.stack(
-            x_BSD.transpose(0, 1).contiguous(),
-            attention_mask=hidden_B11S,
-            context=spread_over_cells(modulation_B6D),
+    def forward(self, cells: CellsInBlocks) -> CellsInBlocks:
+        """Return the cells after these layers; the last stage normalises them."""
+        mask_BS = cells.mask_BS
+        x_SBD = self.stack(
+            cells.x_SBD,
+            attention_mask=None if mask_BS is None else ~mask_BS[:, None, None, :],
+            context=cells.modulation_B6D,
         )
-        out_BSD: Tensor = out_SBD.transpose(0, 1)
-        return out_BSD
+        return CellsInBlocks(x_SBD, cells.modulation_B6D, mask_BS)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
@@ -189,6 +251,10 @@ def spread_over_cells(x: Tensor) -> Tensor:
     if tensor_parallel_size() == 1:
         return x
     spread: Tensor = copy_to_tensor_model_parallel_region(x)
+    if spread.requires_grad:
+        # Megatron sums a gradient in place, and loses the sum of one that is not contiguous (as of
+        # a condition that a later pipeline stage used).
+        spread.register_hook(lambda gradient: gradient.contiguous())
     return spread
 
 
@@ -220,8 +286,23 @@ def embedding_start(parameter: nn.Parameter, deviation: float) -> nn.Parameter:
     return parameter
 
 
+def whole_names(model: nn.Module, first_layer: int) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield each parameter with its name in the model of one process.
+
+    A stage counts its set blocks from 0; ``first_layer`` is the number of its first one.
+    """
+    for name, parameter in model.named_parameters():
+        head, found, tail = name.partition("blocks.stack.layers.")
+        if found and not head:
+            number, _, rest = tail.partition(".")
+            name = f"{found}{first_layer + int(number)}.{rest}"
+        yield name, parameter
+
+
 @torch.no_grad()
-def initialise_by_name(model: nn.Module, seed: int, num_layers: dict[str, int]) -> None:
+def initialise_by_name(
+    model: nn.Module, seed: int, num_layers: dict[str, int], first_layer: int = 0
+) -> None:
     """Draw every matrix from a generator of its own, keyed by (seed, name).
 
     The whole matrix is drawn and then cut, so that every layout of ranks starts from the same
@@ -235,9 +316,11 @@ def initialise_by_name(model: nn.Module, seed: int, num_layers: dict[str, int]) 
     seed
         Of the run.
     num_layers
-        Layers by the prefix of a stack's names.
+        Layers, of all stages, by the prefix of a stack's names.
+    first_layer
+        Number of the first set block of this stage.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in whole_names(model, first_layer):
         if parameter.ndim < 2 or getattr(parameter, "starts_constant", False):
             continue
         deviation = getattr(parameter, "initial_deviation", None)

@@ -44,7 +44,8 @@ def point_loss(a_BSG: Tensor, y_BSG: Tensor, w_BS: Tensor, v_BS: Tensor) -> Tens
     over the n cells that are real on both sides.
     """
     both_BS = w_BS & v_BS
-    squared_BS = F.mse_loss(a_BSG, y_BSG, reduction="none").mean(-1)
+    # the sum is divided, and not each of its terms in the backward pass of a mean
+    squared_BS = F.mse_loss(a_BSG, y_BSG, reduction="none").sum(-1) / a_BSG.shape[-1]
     mean_B: Tensor = torch.where(both_BS, squared_BS, 0).sum(1) / both_BS.sum(1)
     return mean_B
 

@@ -65,18 +65,89 @@ def forward_flops_per_cell(config: ModelConfig, num_genes: int) -> float:
     The summary draw of U cells is shared by the S cells of a set; the condition, one vector per
     set, is left out.
     """
-    d, f, layers, s = config.hidden_size, config.ffn_hidden_size, config.num_layers, config.set_size
-    if config.gene_layers:
-        g = _GeneBlocks.of(config, num_genes)
-        e, t = g.width, g.num_patches
-        inner = t * config.gene_layers * (4 * e * e + 3 * e * g.ffn)
-        encoder = 2 * (t * config.gene_patch_size * e + inner + 2 * t * e * g.num_seeds + d * d)
-        encoder += 4 * t * t * e * config.gene_layers
-        readout = 2 * d * f + f * num_genes
-    else:
-        encoder = 2 * num_genes * d
-        readout = d * num_genes
-    share = config.num_summary_cells / s
-    blocks = 2 * layers * (4 * d * d + 3 * d * f) + 4 * layers * s * d
+    d, f = config.hidden_size, config.ffn_hidden_size
+    readout = 2 * d * f + f * num_genes if config.gene_layers else d * num_genes
+    share = config.num_summary_cells / config.set_size
+    encoder = _encoder_flops(config, num_genes)
     # phi has two maps; the second works on the mean of a set.
-    return encoder * (1 + share) + 2 * d * d * share + blocks + 2 * readout
+    summary = (encoder + 2 * d * d) * share
+    return encoder + summary + config.num_layers * _layer_flops(config) + 2 * readout
+
+
+def _encoder_flops(config: ModelConfig, num_genes: int) -> float:
+    """Return the operations of encoding a cell."""
+    d = config.hidden_size
+    if not config.gene_layers:
+        return 2 * num_genes * d
+    g = _GeneBlocks.of(config, num_genes)
+    e, t = g.width, g.num_patches
+    inner = t * config.gene_layers * (4 * e * e + 3 * e * g.ffn)
+    linear = 2 * (t * config.gene_patch_size * e + inner + 2 * t * e * g.num_seeds + d * d)
+    return linear + 4 * t * t * e * config.gene_layers
+
+
+def _layer_flops(config: ModelConfig) -> float:
+    """Return the operations of a set block per cell."""
+    d = config.hidden_size
+    return 2 * (4 * d * d + 3 * d * config.ffn_hidden_size) + 4 * config.set_size * d
+
+
+def first_stage_layers(config: ModelConfig, num_genes: int, num_stages: int) -> int:
+    r"""Return the set blocks of the first pipeline stage, which has the encoder beside them.
+
+    .. math:: n_1 = \frac{L + c}{P} - c
+
+    gives all stages the same work, c being the encoder's in set blocks. The nearest number is
+    taken of which each stage has at least one layer and the later ones have equally many.
+    """
+    if num_stages == 1:
+        return config.num_layers
+    share = 1 + config.num_summary_cells / config.set_size
+    c = _encoder_flops(config, num_genes) * share / _layer_flops(config)
+    ideal = (config.num_layers + c) / num_stages - c
+    later = num_stages - 1
+    possible = [config.num_layers - later * n for n in range(1, config.num_layers)]
+    # Of two that are equally near, the encoder's stage takes the smaller.
+    return min((n for n in possible if n > 0), key=lambda n: (abs(n - ideal), n))
+
+
+def check_shares(
+    config: ModelConfig, *, world_size: int, tensor_size: int, num_stages: int
+) -> None:
+    """Refuse sizes of the model that the ranks cannot share.
+
+    Raises
+    ------
+    ValueError
+        Naming the settings, their values, and values that would do.
+    """
+    shared = ("num_heads", "ffn_hidden_size", "set_size", "num_summary_cells")
+    for name in shared:
+        if getattr(config, name) % tensor_size:
+            fitting = [
+                n
+                for n in range(1, world_size + 1)
+                if world_size % n == 0 and not any(getattr(config, other) % n for other in shared)
+            ]
+            raise ValueError(
+                f"parallel.tensor_model_parallel_size ({tensor_size}) must divide model.{name} "
+                f"({getattr(config, name)}); use {one_of(fitting)}"
+            )
+    if num_stages > config.num_layers:
+        fitting = [n for n in range(1, config.num_layers + 1) if world_size % n == 0]
+        raise ValueError(
+            f"parallel.pipeline_model_parallel_size ({num_stages}) must be at most "
+            f"model.num_layers ({config.num_layers}): each stage has a layer; use {one_of(fitting)}"
+        )
+    if num_stages > 1 and config.set_size > config.hidden_size:
+        raise ValueError(
+            f"parallel.pipeline_model_parallel_size ({num_stages}) needs model.set_size "
+            f"({config.set_size}) to be at most model.hidden_size ({config.hidden_size}): the mask "
+            "of a set travels between stages in one row; use 1, or smaller sets"
+        )
+
+
+def one_of(values: list[int]) -> str:
+    """Return the values in words, as ``1, 2 or 4``."""
+    head = [str(v) for v in values[:-1]]
+    return f"{', '.join(head)} or {values[-1]}" if head else str(values[-1])

@@ -53,13 +53,15 @@ def _prepare(
     )
     seed = config.trainer.seed
     data = training.open_data(config.data, record.model, layout, seed=seed, vocabulary=vocabulary)
-    model = training.build_model(record, vocabulary, layout, seed=seed)
+    model = training.build_model(
+        record, vocabulary, layout, seed=seed, recompute=config.parallel.recompute
+    )
     if start is not None:
         _take_weights(model, start, old, record, layout)
         if config.replace_genes:
             training.set_statistics(model, data)
     if config.freeze_encoder:
-        model.encoder.requires_grad_(requires_grad=False)
+        model.freeze_encoder()
     return training.Prepared(
         model=model,
         record=record,

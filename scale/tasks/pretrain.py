@@ -31,7 +31,13 @@ def _prepare(
         seed=config.trainer.seed,
         vocabulary=None if resumed is None else resumed.vocabulary,
     )
-    model = training.build_model(record, data.vocabulary, layout, seed=config.trainer.seed)
+    model = training.build_model(
+        record,
+        data.vocabulary,
+        layout,
+        seed=config.trainer.seed,
+        recompute=config.parallel.recompute,
+    )
     if resumed is None:
         training.set_statistics(model, data)
     return training.Prepared(

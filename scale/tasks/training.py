@@ -27,6 +27,7 @@ from scale.config import (
 from scale.data.module import CellSetDataModule
 from scale.data.split_file import find_split_file
 from scale.model.model import ScaleModel
+from scale.model.sizes import first_stage_layers
 from scale.runtime import (
     EXIT_AGAIN,
     RunRecord,
@@ -39,10 +40,17 @@ from scale.runtime import (
 from scale.tasks.validation import Validation
 from scale.train import parallel
 from scale.train.accounting import Accounting, measure_ceiling
+from scale.train.cpu_speed import fast_steps
 from scale.train.export import export_model, is_export, read_record
 from scale.train.loop import Validate, train
 from scale.train.manifest import MODEL, list_checkpoints, newest_checkpoint, read_manifest
-from scale.train.parallel import Layout, check_layout, micro_batch_sets, on_first_rank
+from scale.train.parallel import (
+    Layout,
+    check_layout,
+    idle_share,
+    micro_batch_sets,
+    on_first_rank,
+)
 from scale.train.record import ModelRecord, read_json
 from scale.types import Vocabulary
 
@@ -99,7 +107,8 @@ def run_training(task: str, config: Config, stop: StopSignal, prepare: Prepare) 
                 config.trainer.max_steps,
             )
             return 0
-        return _train(task, config, stop, prepare, layout, checkpoint)
+        with fast_steps(device):
+            return _train(task, config, stop, prepare, layout, checkpoint)
     finally:
         parallel.stop()
 
@@ -249,11 +258,21 @@ def open_data(
 
 
 def build_model(
-    record: ModelRecord, vocabulary: Vocabulary, layout: Layout, *, seed: int
+    record: ModelRecord,
+    vocabulary: Vocabulary,
+    layout: Layout,
+    *,
+    seed: int,
+    recompute: bool = False,
 ) -> ScaleModel:
-    """Return a model with initial weights on the device."""
+    """Return this rank's part of a model with initial weights, on the device."""
     model = ScaleModel(
-        record.model, record.objective, vocabulary, seed=seed, precision=record.precision
+        record.model,
+        record.objective,
+        vocabulary,
+        seed=seed,
+        precision=record.precision,
+        recompute=recompute,
     )
     model.to(layout.device)
     return model
@@ -287,6 +306,21 @@ def _validation(config: Config, prepared: Prepared, layout: Layout) -> Validate 
     )
 
 
+def _stages(config: Config, prepared: Prepared, layout: Layout) -> list[str]:
+    """Return how the set blocks are split and what the split costs, if there are stages."""
+    num_stages = layout.pipeline_model_parallel_size
+    if num_stages == 1:
+        return []
+    sizes, genes = prepared.record.model, len(prepared.data.vocabulary.genes)
+    first = first_stage_layers(sizes, genes, num_stages)
+    each = (sizes.num_layers - first) // (num_stages - 1)
+    return [
+        f"stages: the encoder and {first} set blocks, then {each} on each of the other "
+        f"{num_stages - 1}; a stage waits {idle_share(config.trainer, layout):.0%} of a step "
+        "(fewer sets per micro-batch: trainer.sets_per_micro_batch)"
+    ]
+
+
 def _account(prepared: Prepared, layout: Layout) -> Accounting:
     """Return what a cell costs, and on a GPU what the device can do."""
     is_cuda = layout.device.type == "cuda"
@@ -307,6 +341,7 @@ def _describe(
     return [
         f"model {accounting.describe()}",
         f"layout: {layout.describe()}",
+        *_stages(config, prepared, layout),
         f"{sets * sizes.set_size:,} cells per step: {sets} sets of {sizes.set_size} treated cells, "
         f"{micro_batch_sets(config.trainer, layout)} sets per forward pass of a rank; each cell "
         "comes with a control cell",

@@ -33,7 +33,7 @@ with quiet_import():
 
 
 class LossesLike(Protocol):
-    """What the forward pass of a model returns."""
+    """What the forward pass of a model returns on the last pipeline stage."""
 
     total: Tensor
     """Mean over the sets of the micro-batch."""
@@ -71,7 +71,9 @@ class Engine:
     ----------
     model
         A Megatron model chunk: ``forward(batch)`` returns losses, ``config`` is its
-        ``TransformerConfig``.
+        ``TransformerConfig``, ``loss_names`` are those of the parts. On pipeline stages before the
+        last, ``forward`` returns the tensor for the next stage, of ``message_rows(set_size)`` rows
+        over all tensor parallel ranks.
     layout
         From :func:`start`.
     config
@@ -141,7 +143,7 @@ class Engine:
         Parameters
         ----------
         batches
-            Micro-batches of equal numbers of sets.
+            Micro-batches of equal numbers of sets; the same on all ranks that share a model.
         step
             Number of this step; the first is 1.
         lr
@@ -173,12 +175,13 @@ class Engine:
         optim.set_rate(self.optimizer, lr=lr, weight_decay=self._config.weight_decay)
         self.optimizer.step_with_ready_grads()
         self.average.update(step - 1)
-        means = told.losses.mean(dim=0).tolist()
+        means = self._scored(told.losses).mean(dim=0).tolist()
         return StepResult(
             loss=means[0],
             parts=dict(zip(told.names, means[1:], strict=True)),
             grad_norm=grad_norm,
-            num_cells=int(told.numbers[:, 2].sum()) // self.layout.tensor_model_parallel_size,
+            num_cells=int(self._scored(told.numbers)[:, 2].sum())
+            // self.layout.tensor_model_parallel_size,
             data_wait_seconds=float(told.numbers[:, 3].max()),
             rank_seconds=told.numbers[:, 4].tolist(),
             stop_requested=bool(told.numbers[:, 5].any()),
@@ -187,25 +190,34 @@ class Engine:
     def gradients(self, batches: list[Batch]) -> list[LossesLike]:
         """Leave the mean gradient of the global batch in ``main_grad``; return this rank's losses.
 
-        Losses are copies: the schedule divides what the forward pass returned in place.
+        Losses are copies: the schedule divides what the forward pass returned in place. There are
+        none on a pipeline stage before the last.
         """
         self._wrapped.train()
         self._wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         kept: list[LossesLike] = []
 
-        def forward(batch: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            losses: LossesLike = chunk(next(batch))
-            kept.append(losses)
-            return losses.total.clone(), lambda total: (total, None)
+        def forward(
+            batch: Iterator[Batch], chunk: nn.Module
+        ) -> tuple[Tensor, Callable[..., Any] | None]:
+            result: LossesLike | Tensor = chunk(next(batch))
+            if isinstance(result, Tensor):
+                return result, None
+            kept.append(result)
+            return result.total.clone(), lambda total: (total, None)
+
+        num_sets, set_size = batches[0].control_mask_BS.shape
+        model: Any = self.model
 
         self._schedule(
             forward_step_func=forward,
             data_iterator=iter(batches),
             model=self._wrapped,
             num_microbatches=len(batches),
-            seq_length=1,  # read by pipeline schedules only
-            micro_batch_size=1,
+            # The shape of a message between stages, of which all micro-batches have one.
+            seq_length=model.message_rows(set_size),
+            micro_batch_size=num_sets,
             forward_only=False,
         )
         return kept
@@ -221,14 +233,17 @@ class Engine:
         self, batches: list[Batch], losses: list[LossesLike], wait: float, own: float, *, stop: bool
     ) -> _Told:
         """Exchange losses and facts of the step in one small message: a row per rank."""
-        names = list(losses[0].parts)
-        device = losses[0].total.device
-        means = torch.stack(
-            [
-                torch.stack([entry.total.detach(), *(entry.parts[n] for n in names)]).double()
-                for entry in losses
-            ]
-        ).mean(dim=0)
+        model: Any = self.model
+        names: list[str] = list(model.loss_names)
+        device = batches[0].set_index_B.device
+        means = torch.zeros(1 + len(names), dtype=torch.float64, device=device)
+        if losses:
+            means = torch.stack(
+                [
+                    torch.stack([entry.total.detach(), *(entry.parts[n] for n in names)]).double()
+                    for entry in losses
+                ]
+            ).mean(dim=0)
         sets = torch.cat([batch.set_index_B for batch in batches])
         cells = sum(
             batch.treated_mask_BS.sum() for batch in batches if batch.treated_mask_BS is not None
@@ -248,6 +263,10 @@ class Engine:
         table = torch.stack(rows).cpu()
         return _Told(names, table[:, : 1 + len(names)], table[:, 1 + len(names) :])
 
+    def _scored(self, rows: Tensor) -> Tensor:
+        """Return the rows of the ranks that have losses: those of the last pipeline stage."""
+        return rows[self.layout.losses_from :]
+
     def _refuse_non_finite(self, told: _Told, step: int) -> None:
         finite = torch.isfinite(told.losses).all(dim=1)
         if finite.all():
@@ -266,6 +285,6 @@ class _Told:
 
     names: list[str]
     losses: Tensor
-    """The loss, then its parts."""
+    """The loss, then its parts; zeros before the last pipeline stage."""
     numbers: Tensor
     """First set, last set, treated cells, seconds of data wait and of own work, stop flag."""

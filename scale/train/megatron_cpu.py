@@ -33,6 +33,7 @@ with quiet_import():
 
 ITEMS: dict[str, str] = {
     "current_device": "buffers of gradients and gathers are made on torch.cuda.current_device()",
+    "synchronize": "messages between pipeline stages wait for the device",
     "rng": "seeds of tensor-parallel regions are kept as states of the CUDA generator",
     "literals": "optimizer wrappers and schedules make tensors with device='cuda'",
     "type_strings": "clipping and the bf16 optimizer compare Tensor.type() with CUDA names",
@@ -62,6 +63,8 @@ def install(skip: frozenset[str] = frozenset()) -> None:
     if not _undo:
         if "current_device" not in skip:
             _replace(torch.cuda, "current_device", lambda: torch.device("cpu"))
+        if "synchronize" not in skip:
+            _replace(torch.cuda, "synchronize", lambda device=None: None)
         if "rng" not in skip:
             _replace_generator()
         _undo.append(lambda: None)  # marks the process as done even if everything is skipped

@@ -1,8 +1,9 @@
 """Process groups: how the ranks share the work, and which layouts are refused.
 
 Megatron-core's parallel state is used at world size 1 too. Tensor parallel ranks share each set
-block and, elsewhere, the cells of a set (sequence parallel); data parallel ranks share the sets of
-a batch. A set is never split over data parallel ranks.
+block and, elsewhere, the cells of a set (sequence parallel); pipeline stages share out the set
+blocks; data parallel ranks share the sets of a batch, and never split one. All ranks of one model
+read the same sets: every tensor parallel rank, and every stage.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from scale.config import ModelConfig, ParallelConfig, TrainerConfig
+from scale.model.sizes import check_shares, one_of
 from scale.runtime import World
 from scale.train import megatron_cpu
 
@@ -39,16 +41,24 @@ _started: list[Layout] = []
 class Layout:
     """How the ranks share the work, and which share is this rank's.
 
-    Ranks are numbered tensor parallel fastest, so that peers of a set block stay on one node.
+    Ranks are numbered tensor parallel fastest, so that peers of a set block stay on one node, then
+    data parallel, then by pipeline stage.
     """
 
     world_size: int = 1
     rank: int = 0
     tensor_model_parallel_size: int = 1
     tensor_model_parallel_rank: int = 0
+    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_rank: int = 0
     data_parallel_size: int = 1
     data_parallel_rank: int = 0
     device: torch.device = torch.device("cpu")
+
+    @property
+    def losses_from(self) -> int:
+        """First rank of the last pipeline stage: it and those after it have the losses."""
+        return self.world_size - self.world_size // self.pipeline_model_parallel_size
 
     @property
     def is_writer(self) -> bool:
@@ -59,16 +69,19 @@ class Layout:
         """Return the layout in words."""
         if self.world_size == 1:
             return f"one process on {self.device}"
-        return (
+        text = (
             f"{self.world_size} ranks = {self.data_parallel_size} data parallel x "
             f"{self.tensor_model_parallel_size} tensor parallel"
         )
+        stages = self.pipeline_model_parallel_size
+        return text if stages == 1 else f"{text} x {stages} pipeline stages"
 
     def record(self) -> dict[str, int]:
         """Return the sizes, for run.json and the manifest of a checkpoint."""
         return {
             "world_size": self.world_size,
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
             "data_parallel_size": self.data_parallel_size,
         }
 
@@ -110,13 +123,19 @@ def start(
         If the sizes do not fit the number of ranks, or another layout is running.
     """
     tensor_size = config.tensor_model_parallel_size
+    num_stages = config.pipeline_model_parallel_size
     _check_sizes(config, world)
     if _started:
         running = _started[-1]
-        if (running.world_size, running.tensor_model_parallel_size) != (world.size, tensor_size):
+        if (world.size, tensor_size, num_stages) != (
+            running.world_size,
+            running.tensor_model_parallel_size,
+            running.pipeline_model_parallel_size,
+        ):
             raise ValueError(
                 f"this process runs {running.describe()}; it cannot also run {world.size} ranks "
-                f"with parallel.tensor_model_parallel_size={tensor_size}"
+                f"with parallel.tensor_model_parallel_size={tensor_size} and "
+                f"parallel.pipeline_model_parallel_size={num_stages}"
             )
     elif world.size > 1 and rendezvous == "env://" and "MASTER_ADDR" not in os.environ:
         raise ValueError(
@@ -133,6 +152,7 @@ def start(
     _join(config, world, device, rendezvous)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_size,
+        pipeline_model_parallel_size=num_stages,
         # Sub-groups do not inherit the timeout of the world: a hung peer stayed unnoticed.
         distributed_timeout_minutes=config.timeout_seconds / 60,
         create_gloo_process_groups=False,
@@ -143,6 +163,8 @@ def start(
         rank=world.rank,
         tensor_model_parallel_size=tensor_size,
         tensor_model_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_model_parallel_size=num_stages,
+        pipeline_model_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         device=device,
@@ -201,16 +223,25 @@ def on_first_rank(layout: Layout, function: Callable[[], T]) -> T:
 
 def _check_sizes(config: ParallelConfig, world: World) -> None:
     tensor_size = config.tensor_model_parallel_size
+    num_stages = config.pipeline_model_parallel_size
     if world.size % tensor_size:
         fitting = [n for n in range(1, world.size + 1) if world.size % n == 0]
         raise ValueError(
             f"parallel.tensor_model_parallel_size ({tensor_size}) must divide the {world.size} "
-            f"ranks; use {_one_of(fitting)}"
+            f"ranks; use {one_of(fitting)}"
         )
-    if config.distributed_optimizer and world.size == tensor_size:
+    groups = world.size // tensor_size
+    if groups % num_stages:
+        fitting = [n for n in range(1, groups + 1) if groups % n == 0]
+        raise ValueError(
+            f"parallel.pipeline_model_parallel_size ({num_stages}) must divide the {world.size} "
+            f"ranks over parallel.tensor_model_parallel_size ({tensor_size}); use {one_of(fitting)}"
+        )
+    if config.distributed_optimizer and groups == num_stages:
         raise ValueError(
             "parallel.distributed_optimizer spreads optimizer state over data-parallel ranks and "
-            f"there is 1 ({world.size} ranks, {tensor_size} tensor parallel); set it to false"
+            f"there is 1 ({world.size} ranks, {tensor_size} tensor parallel, {num_stages} pipeline "
+            "stages); set it to false"
         )
 
 
@@ -222,15 +253,13 @@ def check_layout(model: ModelConfig, trainer: TrainerConfig, layout: Layout) -> 
     ValueError
         Naming the settings, their values, and values that would do.
     """
-    tensor_size, data_size = layout.tensor_model_parallel_size, layout.data_parallel_size
-    for name in ("num_heads", "ffn_hidden_size", "set_size", "num_summary_cells"):
-        value = getattr(model, name)
-        if value % tensor_size:
-            fitting = [n for n in range(1, layout.world_size + 1) if value % n == 0]
-            raise ValueError(
-                f"parallel.tensor_model_parallel_size ({tensor_size}) must divide model.{name} "
-                f"({value}); use {_one_of(fitting)}"
-            )
+    data_size = layout.data_parallel_size
+    check_shares(
+        model,
+        world_size=layout.world_size,
+        tensor_size=layout.tensor_model_parallel_size,
+        num_stages=layout.pipeline_model_parallel_size,
+    )
     sets = trainer.sets_per_batch
     if sets % data_size:
         raise ValueError(
@@ -243,15 +272,20 @@ def check_layout(model: ModelConfig, trainer: TrainerConfig, layout: Layout) -> 
         fitting = [n for n in range(1, share + 1) if share % n == 0]
         raise ValueError(
             f"trainer.sets_per_micro_batch ({micro}) must divide the {share} sets of a rank "
-            f"(trainer.sets_per_batch {sets} over {data_size}); use {_one_of(fitting)}"
+            f"(trainer.sets_per_batch {sets} over {data_size}); use {one_of(fitting)}"
         )
+
+
+def idle_share(trainer: TrainerConfig, layout: Layout) -> float:
+    """Return the share of a step in which a pipeline stage waits for the others.
+
+    With P stages and m micro-batches per rank, P - 1 of m + P - 1 turns.
+    """
+    share = trainer.sets_per_batch // layout.data_parallel_size
+    num_waits = layout.pipeline_model_parallel_size - 1
+    return num_waits / (share // micro_batch_sets(trainer, layout) + num_waits)
 
 
 def micro_batch_sets(trainer: TrainerConfig, layout: Layout) -> int:
     """Return the sets of one forward pass of a rank."""
     return trainer.sets_per_micro_batch or trainer.sets_per_batch // layout.data_parallel_size
-
-
-def _one_of(values: list[int]) -> str:
-    head = [str(v) for v in values[:-1]]
-    return f"{', '.join(head)} or {values[-1]}" if head else str(values[-1])

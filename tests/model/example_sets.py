@@ -137,6 +137,7 @@ def shake(model: nn.Module, deviation: float = 0.08, seed: int = 0) -> nn.Module
     """
     from scale.model.layers import draw_by_name
 
-    for name, parameter in model.named_parameters():
+    named = getattr(model, "whole_named_parameters", model.named_parameters)
+    for name, parameter in named():
         parameter.add_(draw_by_name(f"shake/{name}", parameter, seed).to(parameter) * deviation)
     return model

@@ -11,7 +11,7 @@ from example_sets import G, S, build, cells, shake, sizes
 from scale.config import Backend, Precision
 from scale.model.backend import RMSNorm, SDPACoreAttention, block_config, choose_provider
 from scale.model.encoder import PopulationSummary
-from scale.model.layers import draw_by_name
+from scale.model.layers import CellsInBlocks, draw_by_name
 
 
 def double(model):
@@ -50,7 +50,7 @@ def test_set_blocks_equal_plain_torch(qk_norm, is_full):
     mask = torch.ones(3, S, dtype=torch.bool)
     if not is_full:
         mask[1, 5:] = False
-    found = model.blocks(x, modulation, None if is_full else mask)
+    found = model.blocks(CellsInBlocks.enter(x, modulation, None if is_full else mask)).x_BSD
     for layer in range(2):
         p = f"layers.{layer}."
         rows = (modulation + weights[p + "modulation"])[:, :, None, :]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from ranks import RankContext, run_ranks
+from ranks import RankContext, run_ranks, save_weights
 
+from scale.config import Precision
 from scale.train import megatron_cpu
 
 
@@ -13,17 +14,37 @@ def probe(context: RankContext, item: str | None, folder: str) -> str:
 
     from test_engine import make_engine, share
 
-    from scale.train import checkpoint
-
     megatron_cpu.install(skip=frozenset() if item is None else frozenset({item}))
     try:
         with context.layout() as layout:
             engine = make_engine(layout)
             engine.step(share(layout, 0), step=1, lr=1e-2)
-            checkpoint.save_weights(Path(folder), engine)
+            save_weights(Path(folder), engine)
     except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def message_probe(context: RankContext, item: str | None) -> str:
+    """A message between two pipeline stages, with an item left out."""
+    from scale.model.backend import P2PCommunicator, block_config, pipeline_group
+
+    megatron_cpu.install(skip=frozenset() if item is None else frozenset({item}))
+    try:
+        with context.layout(pipeline_model_parallel_size=2):
+            sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 8}
+            config = block_config(**sizes, precision=Precision.fp32, first_stage_layers=1)
+            line, message = P2PCommunicator(pipeline_group(), config), torch.ones(3, 1, 8)
+            if context.rank == 0:
+                line.send_forward(message, is_last_stage=False)
+            else:
+                assert torch.equal(line.recv_forward((3, 1, 8), is_first_stage=False), message)
+    except (AssertionError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+BETWEEN_STAGES = {"synchronize"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is CUDA")
@@ -33,7 +54,10 @@ def test_item_is_still_needed(tmp_path, item):
 
     folder = tmp_path / "weights"
     folder.mkdir()
-    failure = run_ranks(probe, 1, tmp_path, item, str(folder))[0]
+    if item in BETWEEN_STAGES:
+        failure = run_ranks(message_probe, 2, tmp_path, item)[0]
+    else:
+        failure = run_ranks(probe, 1, tmp_path, item, str(folder))[0]
     assert failure, f"{item} is no longer needed by megatron-core {version('megatron-core')}"
 
 
@@ -41,6 +65,7 @@ def test_nothing_is_missing(tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
     assert run_ranks(probe, 1, tmp_path, None, str(folder)) == [""]
+    assert run_ranks(message_probe, 2, tmp_path, None) == ["", ""]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is CUDA")

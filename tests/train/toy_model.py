@@ -67,8 +67,13 @@ class ToyModel(MegatronModule):
             for name, parameter in self.named_parameters():
                 parameter.copy_(named_weight(name, parameter, tensor_size, seed))
 
+    loss_names = ("error", "double")
+
     def set_input_tensor(self, tensor: Tensor) -> None:
         pass
+
+    def message_rows(self, set_size: int) -> int:
+        return set_size
 
     def forward(self, batch: Batch) -> ToyLosses:
         cells_SBG = batch.control_BSG.transpose(0, 1)
