@@ -8,7 +8,6 @@ of its own; its result may depend on nothing else.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import pickle
@@ -23,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, TypeVar
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+from scale.runtime import keep_freed_memory
 
 _Shared = TypeVar("_Shared")
 _Job = TypeVar("_Job")
@@ -51,7 +50,7 @@ class Workers:
         self._workers: list[_Worker] = []
         self._num_stages = 0
         if num_workers == 1:
-            _keep_freed_memory()
+            keep_freed_memory()
 
     def run(
         self,
@@ -167,7 +166,7 @@ def _receive(worker: _Worker) -> tuple[str, Any]:
 def _work(connection: Connection) -> None:
     """Do jobs until the parent closes the connection, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _keep_freed_memory()
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):
         _answer(connection)
@@ -190,17 +189,6 @@ def _answer(connection: Connection) -> None:
             error.add_note(traceback.format_exc())
             answer = ("error", error)
         connection.send(answer)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: blocks come and go, and their pages would be faulted in anew.
-
-    A tenth of the CPU time of a conversion. Other C libraries have no such call.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the largest that is allowed
 
 
 def _end_with_parent() -> None:
