@@ -110,7 +110,12 @@ def build_optimizer(
         _group([p for n, p in _trained(model) if n not in decayed], settings, decays=False),
     ]
     adamw = torch.optim.AdamW(
-        groups, lr=lr, betas=(beta_1, beta_2), eps=1e-8, weight_decay=config.weight_decay
+        groups,
+        lr=lr,
+        betas=(beta_1, beta_2),
+        eps=1e-8,
+        weight_decay=config.weight_decay,
+        fused=True,  # one pass over the state in place of ten: a third of the time on a CPU
     )
     wrapper: MegatronOptimizer
     if precision is Precision.bf16:
@@ -135,10 +140,15 @@ def initialise_state(optimizer: torch.optim.Optimizer, config: object = None) ->
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
                 optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
+                    "step": _step_tensor(0.0, parameter),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+def _step_tensor(step: float, parameter: Tensor) -> Tensor:
+    """Return the number of updates of a parameter, beside which the fused AdamW wants it."""
+    return torch.tensor(step, device=parameter.device)
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -175,6 +185,8 @@ def _spread_optimizer(
         use_gloo_process_groups=False,
     )
     (optimizer,) = chained.chained_optimizers
+    for group in optimizer.param_groups:
+        group["fused"] = True  # Megatron's factory does not ask for it
     return optimizer
 
 
@@ -210,7 +222,7 @@ def load_spread_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> No
         del optimizer._set_main_param_and_optimizer_states
     for group in inner.param_groups:
         for parameter in group["params"]:
-            inner.state[parameter]["step"] = torch.tensor(float(group["step"]))
+            inner.state[parameter]["step"] = _step_tensor(float(group["step"]), parameter)
 
 
 class MovingAverage:
