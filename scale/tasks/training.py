@@ -35,12 +35,12 @@ from scale.runtime import (
     World,
     atomic_path,
     choose_device,
+    keep_freed_memory,
     start_logging,
 )
 from scale.tasks.validation import Validation
 from scale.train import parallel
 from scale.train.accounting import Accounting, measure_ceiling
-from scale.train.cpu_speed import fast_steps
 from scale.train.export import export_model, is_export, read_record
 from scale.train.loop import Validate, train
 from scale.train.manifest import MODEL, list_checkpoints, newest_checkpoint, read_manifest
@@ -96,6 +96,7 @@ def run_training(task: str, config: Config, stop: StopSignal, prepare: Prepare) 
     world, run_dir = World.from_env(), Path(config.run_dir)
     start_logging(run_dir / f"{task}.log", world)
     device = choose_device(config.trainer.device.value, world)
+    keep_freed_memory()
     layout = parallel.start(config.parallel, world, seed=config.trainer.seed, device=device)
     try:
         checkpoint = on_first_rank(layout, lambda: _open_run(config, run_dir))
@@ -107,8 +108,7 @@ def run_training(task: str, config: Config, stop: StopSignal, prepare: Prepare) 
                 config.trainer.max_steps,
             )
             return 0
-        with fast_steps(device):
-            return _train(task, config, stop, prepare, layout, checkpoint)
+        return _train(task, config, stop, prepare, layout, checkpoint)
     finally:
         parallel.stop()
 
