@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,25 @@ def run_ranks(
         raise AssertionError(text)
     assert len(answers) == size, f"only ranks {sorted(answers)} of {size} answered in {timeout} s"
     return [answers[rank] for rank in range(size)]
+
+
+def start_process(function: Callable[..., None], *args: Any) -> ForkServerProcess:
+    """Start a process of the fork server; whoever asked for it ends it."""
+    process = _CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def save_weights(folder: Path, engine: Any) -> None:
+    """Write the tensors of an engine as a checkpoint holds them; a collective of all ranks."""
+    import torch.distributed as dist
+
+    from scale.train.sharded import sharded_state
+    from scale.train.shards import ShardWriter
+
+    shards = ShardWriter(sharded_state(engine, is_loading=False), folder, in_memory=False)
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, shards.write())
+    if dist.get_rank() == 0:
+        shards.complete(results)
+    dist.barrier()

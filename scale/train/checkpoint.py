@@ -1,20 +1,18 @@
 """What a checkpoint holds; save, load into the same or another layout, export for prediction.
 
-``weights/`` holds Megatron's ``torch_dist`` shards: the model, its moving average under keys that
-begin with ``ema.``, and the optimizer. They load into any number of ranks. Their ``.metadata`` is a
-pickle, so a sharded checkpoint is trusted like code; what is passed on to others is ``export/``:
-the moving average as safetensors, with json beside it.
+``weights/`` holds Megatron's ``torch_dist`` shards: the model, its moving average and the
+optimizer. They load into any number of ranks. Their ``.metadata`` is a pickle, so a sharded
+checkpoint is trusted like code; what is passed on to others is ``export/``: the moving average as
+safetensors, with json beside it.
 
 No random state is kept: every draw of data and model is a function of the seed and counters.
 """
 
 from __future__ import annotations
 
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,33 +24,17 @@ from torch.distributed.checkpoint.storage import WriteResult
 from scale.config import ParallelConfig, Precision
 from scale.runtime import World, versions, write_json
 from scale.train import manifest as files
-from scale.train import optim, parallel
-from scale.train.export import AVERAGE, find_weights, is_export, read_average, read_record
+from scale.train import parallel
+from scale.train.export import find_weights, is_export, read_average, read_record
 from scale.train.manifest import read_manifest
-from scale.train.megatron_cpu import quiet_import
 from scale.train.record import ModelRecord, TrainingState, read_json
+from scale.train.sharded import load_state, sharded_state, shards_of
 from scale.train.shards import ShardWriter
 from scale.types import CheckpointError, Vocabulary
 
 if TYPE_CHECKING:
     from scale.model.model import ScaleModel
     from scale.train.engine import Engine
-
-with quiet_import():
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-logger = logging.getLogger(__name__)
-
-# One key per layer with its global number, so that single layers can be taken from a checkpoint.
-_LAYOUT_METADATA = {
-    "non_homogeneous_layers": True,
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-    "distrib_optim_sharding_type": "fully_reshardable",
-}
-
 
 # --- training -----------------------------------------------------------------------------------
 
@@ -112,7 +94,7 @@ class CheckpointWrite:
         except OSError as error:
             raise CheckpointError(f"{self.name} could not be written: {error}") from error
         self._shards = ShardWriter(
-            _sharded_state(engine, is_loading=False),
+            sharded_state(engine, is_loading=False),
             self._partial / files.WEIGHTS,
             in_memory=in_memory,
         )
@@ -183,96 +165,17 @@ def load_checkpoint(checkpoint: Path, engine: Engine) -> TrainingState:
     Raises
     ------
     CheckpointError
-        If the optimizer was of another kind: its state would have no place.
+        If the blocks had another precision: optimizer state would have no place, or be missing.
     """
-    manifest = read_manifest(checkpoint, verify=False)
-    if manifest["optimizer"] != engine.optimizer_kind:
+    precision = read_manifest(checkpoint, verify=False)["precision"]
+    if precision != engine.precision.value:
         raise CheckpointError(
-            f"{checkpoint} has the optimizer {manifest['optimizer']!r}, this run "
-            f"{engine.optimizer_kind!r}; keep trainer.precision and parallel.distributed_optimizer "
-            "as they were, or use scale finetune, which loads weights only"
+            f"{checkpoint} has the optimizer state of {precision} blocks, this run has "
+            f"{engine.precision.value}; keep trainer.precision={precision}, or use scale finetune, "
+            "which loads weights only"
         )
-    load_weights(checkpoint / files.WEIGHTS, engine)
+    load_state(checkpoint / files.WEIGHTS, engine)
     return TrainingState(**read_json(checkpoint / files.STATE))
-
-
-def load_weights(folder: Path, engine: Engine) -> None:
-    """Read the weights of a checkpoint of any layout; a collective of all ranks."""
-    if engine.distributed_optimizer:
-        optim.prepare_spread_state(engine.optimizer)
-    wanted = _sharded_state(engine, is_loading=True)
-    try:
-        with warnings.catch_warnings():
-            # Megatron-core calls functions that torch has renamed.
-            warnings.simplefilter("ignore", FutureWarning)
-            loaded = dist_checkpointing.load(wanted, str(folder))
-    except CheckpointingException as error:
-        raise CheckpointError(f"{folder} does not fit this model: {error}") from error
-    engine.model.load_state_dict(loaded["model"])
-    with torch.no_grad():
-        for name, weight in engine.average.weights.items():
-            weight.copy_(loaded["average"][name])
-    if engine.distributed_optimizer:
-        optim.load_spread_state(engine.optimizer, loaded["optimizer"])
-        return
-    with torch.no_grad():
-        for kind, tensors in _optimizer_tensors(engine).items():
-            for name, tensor in tensors.items():
-                tensor.copy_(loaded["optimizer"][kind][name])
-    for state in engine.optimizer.optimizer.state.values():
-        state["step"].fill_(loaded["optimizer_steps"])
-
-
-def _sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    model: Any = engine.model
-    entries = model.sharded_state_dict(metadata=dict(_LAYOUT_METADATA))
-    # Buffers are no part of the average, but of the model that prediction rebuilds.
-    average = {
-        name: _renamed(entry, AVERAGE, engine.average.weights.get(name, entry.data))
-        for name, entry in entries.items()
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-    }
-    state: dict[str, Any] = {"model": entries, "average": average}
-    if engine.distributed_optimizer:
-        optimizer: Any = engine.optimizer
-        state["optimizer"] = optimizer.sharded_state_dict(
-            entries, is_loading=is_loading, metadata=dict(_LAYOUT_METADATA)
-        )
-        return state
-    # Not the wrapper's own: with fp32 beside bf16 weights it takes one for the other.
-    state["optimizer"] = {
-        kind: {
-            name: _renamed(entries[name], f"optimizer.{kind}.", tensor)
-            for name, tensor in tensors.items()
-        }
-        for kind, tensors in _optimizer_tensors(engine).items()
-    }
-    steps = {float(s["step"]) for s in engine.optimizer.optimizer.state.values()}
-    state["optimizer_steps"] = max(steps, default=0.0)
-    return state
-
-
-def _optimizer_tensors(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Return moments, and fp32 copies of bf16 weights, by kind and name of the weight."""
-    adamw = engine.optimizer.optimizer
-    optim.initialise_state(adamw)
-    tensors: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}, "fp32": {}}
-    for name, parameter in engine.model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        main = getattr(parameter, "main_param", None)
-        if main is not None:
-            tensors["fp32"][name] = main
-        for kind in ("exp_avg", "exp_avg_sq"):
-            tensors[kind][name] = adamw.state[parameter if main is None else main][kind]
-    return tensors
-
-
-def _renamed(entry: Any, prefix: str, data: Tensor) -> Any:
-    """Return the entry of a weight for a tensor that goes with it: same shards, own key."""
-    if isinstance(entry, ShardedTensorFactory):
-        return replace(entry, key=prefix + entry.key, data=data)
-    return replace(entry, key=prefix + entry.key, data=data, dtype=data.dtype)
 
 
 # --- prediction and finetuning ------------------------------------------------------------------
@@ -333,7 +236,7 @@ def place_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """
     taken = set()
     with torch.no_grad():
-        for shard in _shards(model):
+        for shard in shards_of(model):
             weight = whole.get(shard.key)
             if weight is None or tuple(weight.shape) != tuple(shard.global_shape):
                 found = "missing" if weight is None else f"{tuple(weight.shape)}"
@@ -346,11 +249,3 @@ def place_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
     left = sorted(set(whole) - taken)
     if left:
         raise CheckpointError(f"the weights do not fit the model: no place for {', '.join(left)}")
-
-
-def _shards(model: Any) -> Iterator[ShardedTensor]:
-    for entry in model.sharded_state_dict(metadata=dict(_LAYOUT_METADATA)).values():
-        if isinstance(entry, ShardedTensorFactory):
-            yield from entry.build()
-        elif isinstance(entry, ShardedTensor):
-            yield entry

@@ -52,8 +52,8 @@ def describe_file(path: Path) -> dict[str, Any]:
 def start_partial(run_dir: Path, step: int) -> Path:
     """Make the empty directory that a checkpoint is written into, and return it."""
     partial = run_dir / "checkpoints" / (checkpoint_name(step) + _PARTIAL)
-    if partial.exists():
-        shutil.rmtree(partial)  # what a killed save left
+    for left in partial.parent.glob(f"{_PREFIX}*{_PARTIAL}"):
+        shutil.rmtree(left)  # by a save that was killed; a run has one save at a time
     (partial / WEIGHTS).mkdir(parents=True)
     return partial
 

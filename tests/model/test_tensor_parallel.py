@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from example_sets import batch, build, in_float64, shake, sizes
-from ranks import RankContext, run_ranks
+from ranks import RankContext, run_ranks, save_weights
 
 from scale.config import ObjectiveConfig, OptimizerConfig
 
@@ -108,9 +108,9 @@ def refusals() -> list[str]:
 
 def engine_step(context: RankContext | None, folder: Path | None = None) -> dict:
     """Take the engine's first step; save the weights in ``folder``, or load what is there."""
-    from scale.train.checkpoint import load_weights, save_weights
     from scale.train.engine import Engine
     from scale.train.parallel import Layout
+    from scale.train.sharded import load_state
 
     size = 2 if context else 1
     layout = Layout(
@@ -126,7 +126,7 @@ def engine_step(context: RankContext | None, folder: Path | None = None) -> dict
         save_weights(folder, engine)
     elif folder:
         shake(model, seed=5)  # other weights, so that all must come from the file
-        load_weights(folder, engine)
+        load_state(folder, engine)
     sample = model.eval().sample(masked_batch(), num_steps=1)
     return {"loss": result.loss, "norm": result.grad_norm, "sample": sample.numpy()}
 

@@ -202,17 +202,19 @@ def test_other_formats_are_refused(saved, tmp_path):
         files.find_checkpoint(newest)
 
 
-def wrong_kind(context: RankContext, path: str):
+def wrong_precision(context: RankContext, path: str):
     from scale.train.checkpoint import load_checkpoint
 
     with context.layout() as layout:
         engine = make_engine(layout, precision=Precision.bf16)
-        with pytest.raises(CheckpointError, match=r"'fp32', this run 'float16'; keep trainer.prec"):
+        with pytest.raises(
+            CheckpointError, match=r"of fp32 blocks, this run has bf16; keep trainer.prec"
+        ):
             load_checkpoint(Path(path), engine)
 
 
-def test_optimizer_of_another_kind_is_refused(saved, tmp_path):
-    run_ranks(wrong_kind, 1, tmp_path, str(saved / "checkpoints" / "step_00000004"))
+def test_another_precision_is_refused(saved, tmp_path):
+    run_ranks(wrong_precision, 1, tmp_path, str(saved / "checkpoints" / "step_00000004"))
 
 
 def place_average(context: RankContext, tensor_size: int, source: str):
@@ -300,14 +302,20 @@ def load_stock(context: RankContext, path: str):
     """Megatron's own loading of a spread optimizer, without what is mended."""
     from megatron.core import dist_checkpointing
 
-    from scale.train.checkpoint import _sharded_state
+    from scale.train.sharded import sharded_state
 
     with context.layout(distributed_optimizer=True) as layout:
         engine = make_engine(layout, distributed=True)
         try:
-            state = _sharded_state(engine, is_loading=True)
+            state = sharded_state(engine, is_loading=True)
             loaded = dist_checkpointing.load(state, path)
-            engine.optimizer.load_state_dict(loaded["optimizer"])
+            engine.optimizer.load_state_dict(
+                {
+                    **engine.optimizer.state_dict(),
+                    "param_state": loaded["optimizer"],
+                    "param_state_sharding_type": "fully_reshardable",
+                }
+            )
         except (AssertionError, KeyError) as error:
             return type(error).__name__
         return ""

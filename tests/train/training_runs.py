@@ -2,13 +2,17 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
+from ranks import start_process
 
 from scale.config import PretrainConfig, compose
 from scale.runtime import StopSignal
@@ -106,3 +110,53 @@ def wait_for(condition, running: subprocess.Popen, log: Path, timeout: float = 1
         assert running.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.005)
+
+
+class RanksOfRun:
+    """``scale pretrain`` on ranks of the fork server, which start in a moment.
+
+    They meet at a port of this machine, as under torchrun, and write to ``<log>-<rank>``.
+    """
+
+    def __init__(self, settings: PretrainConfig, size: int, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = [
+            start_process(_rank_of_run, settings, rank, size, port, f"{log}-{rank}")
+            for rank in range(size)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def kill(self, ranks: Iterable[int]) -> None:
+        """End ranks with SIGKILL."""
+        for rank in ranks:
+            self.processes[rank].kill()
+
+    def wait(self, timeout: float) -> list[int | None]:
+        """Return the status of each rank; None if it still runs after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+
+def _rank_of_run(settings: PretrainConfig, rank: int, size: int, port: int, log: str) -> None:
+    import torch
+
+    from scale.tasks import pretrain as task
+
+    with Path(log).open("ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    sys.exit(task.run(settings, StopSignal()))
