@@ -43,12 +43,25 @@ _INFO_CHOICES = ("all", "config", "defaults", "defaults-tree", "plugins", "searc
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
+    The status is also appended to the file that ``SCALE_STATUS_FILE`` names, for launchers that do
+    not hand it on.
+
     Parameters
     ----------
     arguments
         What stands behind ``scale``; None = ``sys.argv``.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    status = _run(list(sys.argv[1:] if arguments is None else arguments))
+    if status == EXIT_AGAIN:
+        StopSignal.ignore()
+    if file := os.environ.get("SCALE_STATUS_FILE"):
+        with Path(file).open("a") as handle:
+            handle.write(f"{status}\n")
+    return status
+
+
+def _run(given: list[str]) -> int:
+    """Run one command and return its exit status."""
     if not given or given[0] in ("--help", "-h", "help"):
         print(overview(), end="")
         return 0

@@ -248,6 +248,20 @@ def test_info_tells_versions_a_preset_a_store_and_a_run(capsys, toy_store_path):
         assert f"  {text}" in out
 
 
+def test_info_tells_what_a_preset_costs(capsys):
+    status, out, _ = command("info model=base", capsys)
+    lines = " ".join(out.split())
+    assert status == 0
+    parameters = int(lines.split("parameters ")[1].split()[0].replace(",", ""))
+    assert parameters == pytest.approx(184e6, rel=0.01)
+    assert "forward pass 507.7 MFLOP" in lines
+    assert "training step 1,523.1 MFLOP" in lines
+    gib = parameters * 22 / 2**30  # weights, fp32 copies, gradients, two moments, average
+    assert f"memory of a rank {gib:.2f} GiB in bf16" in lines
+    assert "distributed optimizer over 8 ranks: " in lines
+    assert "tensor parallel over 2 ranks: " in lines
+
+
 def test_info_tells_what_a_split_holds_out(capsys):
     status, out, _ = command("info split=parse_pbmc_fewshot", capsys)
     assert status == 0

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from scale.config import Backend, InfoConfig, ModelConfig
+from scale.config import Backend, InfoConfig, ModelConfig, Precision
 from scale.runtime import git_state, versions
 from scale.types import Vocabulary
 
@@ -109,10 +109,31 @@ def _model(config: ModelConfig, vocabulary: Vocabulary) -> Iterator[tuple[str, s
     yield "cells per set", f"{config.set_size}, and {config.num_summary_cells} for the summary"
     yield "genes, names", f"{genes:,} genes, {rows:,} perturbations, cell types and batches"
     yield "parameters", f"{count:,} (each further name adds {config.hidden_size:,})"
-    # weights and two moments of AdamW in fp32, and the moving average
-    yield "weights + optimizer", f"{16 * count / 2**30:.2f} GiB in fp32"
     flops = forward_flops_per_cell(config, genes)
-    yield "forward pass", f"{flops / 1e6:,.1f} MFLOP per treated cell; training about three times"
+    yield "forward pass", f"{flops / 1e6:,.1f} MFLOP per treated cell"
+    yield "training step", f"{3 * flops / 1e6:,.1f} MFLOP per treated cell (recompute not counted)"
+    yield from _memory(config, vocabulary)
+
+
+def _memory(config: ModelConfig, vocabulary: Vocabulary) -> Iterator[tuple[str, str]]:
+    """Tell what a rank holds on some layouts of ranks, as numbers of bytes per parameter."""
+    from scale.train.accounting import parameters_per_rank, state_bytes
+
+    def told(tensor_size: int, optimizer_ranks: int = 1) -> str:
+        count = parameters_per_rank(config, vocabulary, tensor_size)
+        sizes = (
+            state_bytes(count, precision, optimizer_ranks=optimizer_ranks) / 2**30
+            for precision in (Precision.bf16, Precision.fp32)
+        )
+        return "{:,.2f} GiB in bf16, {:,.2f} GiB in fp32".format(*sizes)
+
+    yield "memory of a rank", f"{told(1)}, and activations"
+    yield "", "(weights, gradients, AdamW, moving average; the same on every data parallel rank)"
+    yield "distributed optimizer", f"over 8 ranks: {told(1, 8)}"
+    for size in (2, 4, 8):
+        shared = (config.num_heads, config.ffn_hidden_size, config.set_size)
+        if all(number % size == 0 for number in (*shared, config.num_summary_cells)):
+            yield "tensor parallel", f"over {size} ranks: {told(size)}"
 
 
 def _empty_vocabulary(num_genes: int) -> Vocabulary:
@@ -221,11 +242,21 @@ def _run(path: Path) -> Iterator[tuple[str, str]]:
     yield "ended", ended
     yield "command", " ".join(["scale", *last["argv"][1:]])
     yield "made by", ", ".join(f"{name} {text}" for name, text in last["versions"].items())
+    yield from _costs(last)
     names = sorted(p.name for p in (path / "checkpoints").glob("step_*") if _is_whole(p))
     yield "checkpoints", ", ".join(names) or "none"
     yield "export", "yes" if (path / "export").is_dir() else "no"
     for name, value in _last_metrics(path / "metrics.jsonl").items():
         yield name, f"{value:,.5g}" if isinstance(value, float) else str(value)
+
+
+def _costs(start: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Tell the size of a trained model, and what the device reached when the run was started."""
+    if "parameters" in start:
+        yield "parameters", f"{start['parameters']:,}"
+        yield "training step", f"{start['flops_per_cell'] / 1e6:,.1f} MFLOP per treated cell"
+    if start.get("ceiling_tflops_per_second") is not None:
+        yield "ceiling", f"{start['ceiling_tflops_per_second']:,.0f} TFLOP/s in a matrix product"
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -153,14 +153,15 @@ def train(
                 max_steps=trainer.max_steps,
                 final_fraction=config.optimizer.final_lr_fraction,
             )
+            is_warm = step > first_step + 1  # the first one compiles, and fills caches
             with profiler.step(step):
-                watchdog.beat(step - 1, "reading the next batch")
+                watchdog.beat(step - 1, "reading the next batch", is_limited=is_warm)
                 asked = time.monotonic()
                 micro_batches = next(batches)
                 waited = time.monotonic() - asked
                 hours = (asked - started) / 3600.0
                 out_of_time = trainer.max_hours is not None and hours > trainer.max_hours
-                watchdog.beat(step - 1, f"taking step {step}")
+                watchdog.beat(step - 1, f"taking step {step}", is_limited=is_warm)
                 result = engine.step(
                     micro_batches,
                     step=step,
