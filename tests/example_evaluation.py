@@ -1,5 +1,6 @@
 """A generated evaluation: numbers in the shape that the protocol returns, with known winners."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,9 @@ MODEL_QUALITY = {
     "replicate": 0.9,
 }
 """Share of the observed change that a method predicts; the replicate is the ceiling."""
+NO_MODELS = set(MODEL_QUALITY) - {"model"}
+THREE = {"model_v2": 0.75, "state <beta>": 0.5, "flat_model": 0.1}
+"""Three models, told apart by their names as their owners write them."""
 HIGHER = ("residual_pearson", "retrieval_l2", "overlap_at_N", "pearson_delta", "precision_at_N")
 LOWER = ("energy_ratio", "mse")
 COUNTS = ("de_nsig_counts_real", "de_nsig_counts_pred")
@@ -49,7 +53,7 @@ def example_evaluation(
         aggregate=_aggregate(scores),
         deltas=deltas,
         fold_changes=folds,
-        cells=_cells(contexts, genes, generator),
+        cells=_cells(contexts, genes, [m for m in quality if m not in NO_MODELS], generator),
         excluded=pd.DataFrame(
             {
                 "context": contexts[:1],
@@ -68,6 +72,24 @@ def example_evaluation(
         pooled=None,
         gene_tables={},
     )
+
+
+@cache
+def three_models():
+    """Return a report of three models, two of which have collapsed, and its page; drawn once."""
+    from scale.evaluate.report import Report
+
+    quality = THREE | {name: share for name, share in MODEL_QUALITY.items() if name != "model"}
+    made = example_evaluation(
+        quality=quality, num_contexts=3, num_perturbations=12, num_genes=60, seed=1
+    )
+    made.collapse = {
+        "model_v2": {"spread_ratio": 0.71, "verdict": "no collapse"},
+        "state <beta>": {"spread_ratio": 0.31, "verdict": "SHRUNK"},
+        "flat_model": {"spread_ratio": 0.01, "verdict": "COLLAPSED ACROSS PERTURBATIONS"},
+    }
+    report = Report(made)
+    return report, report.html()
 
 
 def _rows(context, perturbations, quality, observed, generator):
@@ -122,15 +144,15 @@ def _aggregate(scores):
     return pd.DataFrame(rows)
 
 
-def _cells(contexts, genes, generator):
+def _cells(contexts, genes, models, generator):
     blocks, tables = [], []
     for place, context in enumerate(contexts):
         centre = generator.gamma(1.0, 0.7, size=len(genes))
-        for role, shift in (("control", 0.0), ("observed", 1.0), ("predicted", 0.8)):
+        roles = [("control", "", 0.0), ("observed", "", 1.0)]
+        for role, method, shift in [*roles, *(("predicted", m, 0.8) for m in models)]:
             count = 60 if role == "control" else 40
             mean = centre * np.exp(shift * 0.4 * np.sin(np.arange(len(genes)) + place))
             blocks.append(np.log1p(generator.poisson(mean * 2, size=(count, len(genes)))))
-            method = "model" if role == "predicted" else ""
             tables.append(
                 pd.DataFrame(
                     {

@@ -170,7 +170,7 @@ def differences(evaluation: Evaluation) -> pd.DataFrame:
     rows = []
     for metric in dict.fromkeys(evaluation.aggregate["metric"].astype(str)):
         for model in models:
-            found = verdict.compare(evaluation, model, metric, tuple(BASELINES))
+            found = verdict.against_best_baseline(evaluation, model, metric, tuple(BASELINES))
             if found is None or found.gains is None or found.better == "none":
                 continue
             facts = {

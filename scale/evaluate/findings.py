@@ -15,14 +15,18 @@ import numpy as np
 import pandas as pd
 
 from scale.evaluate.baselines import BASELINES, ORACLE
-from scale.evaluate.verdict import Comparison, compare, headline_metrics
+from scale.evaluate.verdict import Comparison, against_best_baseline, headline_metrics
 from scale.plot.bars import CEILING, number
+from scale.plot.canvas import method_name
 
 if TYPE_CHECKING:
     from scale.evaluate.protocol import Evaluation
 
 FULL_DEPTH = "full depth"
 """Form of the replicate that is carried from half of the cells to all of them."""
+
+BETTER_FORM = "better form"
+"""Form of a method in the first table: on each metric the better of those it has."""
 
 POOLED_TITLE = "Pooled over contexts"
 POOLED_WARNING = (
@@ -115,40 +119,60 @@ class Findings:
     def comparisons(self) -> dict[str, list[Comparison]]:
         """Model -> comparisons with the best baseline, one per metric of the first table."""
         found = {
-            model: [compare(self.evaluation, model, m, self.baselines) for m in self.headline]
+            model: [
+                against_best_baseline(self.evaluation, model, m, self.baselines)
+                for m in self.headline
+            ]
             for model in self.models
         }
         return {model: [c for c in each if c is not None] for model, each in found.items()}
 
     @cached_property
     def lines(self) -> list[Line]:
-        """Rows of the tables: models, baselines, the ceiling last."""
-        forms = (
-            self.evaluation.aggregate.groupby("method", observed=True)["form"]
-            .agg(lambda column: list(dict.fromkeys(column.astype(str))))
-            .to_dict()
-        )
+        """Rows of the full table, one per method and form: models, baselines, the ceiling last."""
         lines = []
+        for kind, method in self._methods:
+            words, forms = method_name(method), self._forms[method]
+            for form in forms:
+                name = f"{words} ({form})" if len(forms) > 1 else words
+                lines.append(Line(method, form, kind, name))
+        return [*lines, *self._ceiling_lines]
+
+    @cached_property
+    def best_lines(self) -> list[Line]:
+        """Rows of the first table: a method of two forms has on each metric the better one."""
+        lines = [
+            Line(method, BETTER_FORM, kind, method_name(method)) for kind, method in self._methods
+        ]
+        return [*lines, *self._ceiling_lines]
+
+    @property
+    def _methods(self) -> list[tuple[Kind, str]]:
+        oracle = [ORACLE] if ORACLE in self._forms else []
         kinds: list[tuple[Kind, Sequence[str]]] = [
             ("model", self.models),
             ("baseline", self.baselines),
-            ("ceiling", [m for m in (ORACLE, CEILING) if m in forms]),
+            ("ceiling", oracle),
         ]
-        for kind, methods in kinds:
-            for method in methods:
-                words = method if kind == "model" else method.replace("_", " ")
-                for form in sorted(forms[method]):  # cells before mean
-                    name = f"{words} ({form})" if len(forms[method]) > 1 else words
-                    lines.append(Line(method, form, kind, name))
-        if lines[-1].method == CEILING and any(key[1] == FULL_DEPTH for key in self._scores):
-            lines[-1] = Line(CEILING, lines[-1].form, "ceiling", f"{CEILING}, half the cells")
-            lines.append(Line(CEILING, FULL_DEPTH, "ceiling", f"{CEILING}, all cells"))
-        return lines
+        return [(kind, method) for kind, methods in kinds for method in methods]
+
+    @property
+    def _ceiling_lines(self) -> list[Line]:
+        if CEILING not in self._forms:
+            return []
+        form = self._forms[CEILING][0]
+        if not any(key[1] == FULL_DEPTH for key in self._scores):
+            return [Line(CEILING, form, "ceiling", CEILING)]
+        return [
+            Line(CEILING, form, "ceiling", f"{CEILING}, half the cells"),
+            Line(CEILING, FULL_DEPTH, "ceiling", f"{CEILING}, all cells"),
+        ]
 
     @cached_property
-    def short_lines(self) -> list[str]:
-        """Methods for tables without forms: models, baselines, the ceiling."""
-        return list(dict.fromkeys(line.method for line in self.lines))
+    def _forms(self) -> dict[str, list[str]]:
+        """Method -> its forms, cells before mean."""
+        forms = self.evaluation.aggregate.groupby("method", observed=True)["form"]
+        return {str(method): sorted(set(column.astype(str))) for method, column in forms}
 
     @cached_property
     def _scores(self) -> dict[tuple[str, str, str], Score]:
@@ -183,7 +207,15 @@ class Findings:
 
     def score(self, line: Line, metric: str) -> Score:
         """Mean and interval of a row on a metric."""
-        return self._scores.get((line.method, line.form, metric), _NOTHING)
+        if line.form != BETTER_FORM:
+            return self._scores.get((line.method, line.form, metric), _NOTHING)
+        forms = [self._scores.get((line.method, f, metric)) for f in self._forms[line.method]]
+        known = [score for score in forms if score is not None and np.isfinite(score.mean)]
+        if not known:
+            return _NOTHING
+        # a description has no better form: that of cells, which comes first
+        choose = {"higher": max, "lower": min}.get(self.better(metric))
+        return known[0] if choose is None else choose(known, key=lambda score: score.mean)
 
     def is_best(self, line: Line, metric: str) -> bool:
         """Whether a row is the best on a metric; the ceiling does not compete.

@@ -20,18 +20,17 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin:0; background:#fff; color:var(--ink); font:16px/1.55 system-ui,-apple-system,
   "Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif; }
-main { max-width:1140px; margin:0 auto; padding:44px 28px 80px; }
+main { max-width:1140px; margin:0 auto; padding:32px 28px 80px; }
 header p { margin:.2em 0 0; color:var(--quiet); }
 h1 { font-size:1.85rem; line-height:1.2; margin:0; letter-spacing:-.015em; font-weight:650; }
 h2 { font-size:1.25rem; margin:2.6em 0 .7em; padding-top:1.1em; border-top:1px solid var(--rule);
   font-weight:620; letter-spacing:-.005em; }
+section:first-of-type h2 { margin-top:1em; padding-top:.8em; }
 h3 { font-size:1rem; margin:1.7em 0 .5em; font-weight:620; }
 p { margin:.5em 0; max-width:76ch; }
 code { font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
 .verdicts { display:grid; gap:14px;
   grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr)); }
-.verdicts.beside { grid-template-columns:repeat(var(--columns),minmax(0,1fr)); }
-@media (max-width:760px) { .verdicts.beside { grid-template-columns:1fr; } }
 .verdict { border:1px solid var(--rule); border-left:4px solid #9aa3af; border-radius:8px;
   padding:12px 16px 13px; }
 .verdict.better { border-left-color:var(--good); } .verdict.worse { border-left-color:var(--bad); }
@@ -44,15 +43,17 @@ code { font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
   white-space:nowrap; }
 .better .chip { background:#def3ec; color:var(--good); }
 .worse .chip { background:#fbe7dc; color:var(--bad); }
-.lead { font-size:1.12rem; line-height:1.5; margin:.2em 0 1.1em; }
+td .chip { font-size:.66rem; margin-right:.3em; }
+.answer { border-left:4px solid #9aa3af; padding:.1em 0 .1em 16px; margin:.9em 0; }
+.answer.alarm { border-left-color:var(--bad); background:#fdf0e7; border-radius:0 8px 8px 0;
+  padding:.5em 16px .6em; }
+.answer p { margin:0; max-width:none; font-size:.92rem; } .answer b { font-weight:620; }
+.answer p.lead { font-size:1.1rem; line-height:1.45; margin-bottom:.25em; }
 .quiet { color:var(--quiet); font-size:.86rem; }
 .points { margin:.6em 0; padding-left:1.2em; font-size:.94rem; } .points li { margin:.3em 0; }
 .points b { font-weight:620; }
-.notes { list-style:none; margin:1em 0 0; padding:0; }
-.notes li { background:var(--faint); border-radius:6px; padding:.5em .9em; margin:.4em 0;
-  font-size:.92rem; }
-.notes li.alarm { background:#fdf0e7; }
-.notes li b { font-weight:620; }
+.limits { background:var(--faint); border-radius:8px; margin:1em 0; padding:.55em 1em .55em 2em;
+  font-size:.86rem; color:#465160; } .limits li { margin:.12em 0; }
 .scroll { overflow-x:auto; margin:1em 0; }
 table { border-collapse:collapse; width:100%; font-size:.88rem; font-variant-numeric:tabular-nums; }
 p.wide { max-width:none; }
@@ -82,7 +83,7 @@ figcaption { color:var(--quiet); font-size:.88rem; max-width:84ch; }
 details { margin:1em 0; } summary { cursor:pointer; color:var(--blue); font-size:.93rem; }
 dl { display:grid; grid-template-columns:max-content 1fr; gap:.3em 1.4em; font-size:.88rem; }
 dt { color:var(--quiet); } dd { margin:0; overflow-wrap:anywhere; }
-nav { margin-top:1.2em; font-size:.9rem; display:flex; gap:1.3em; flex-wrap:wrap; }
+nav { margin-top:.7em; font-size:.9rem; display:flex; gap:1.3em; flex-wrap:wrap; }
 a { color:var(--blue); text-decoration:none; } a:hover { text-decoration:underline; }
 @media print { main { padding:0; max-width:none; } nav { display:none; }
   figure, .verdict, tr { break-inside:avoid; } }
@@ -91,11 +92,16 @@ a { color:var(--blue); text-decoration:none; } a:hover { text-decoration:underli
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell of a table: a text, a smaller text below it, and whether it is the best."""
+    """One cell of a table: a text, a smaller text below it, and whether it is the best.
+
+    A cell that holds a verdict has it in a chip, with its outcome as the colour.
+    """
 
     text: str
     small: str = ""
     is_best: bool = False
+    chip: str = ""
+    outcome: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +144,11 @@ def table(
         for place, item in enumerate(row.cells):
             cell = item if isinstance(item, Cell) else Cell(item)
             kinds = [k for k, on in (("best", cell.is_best), ("text", place in text_columns)) if on]
+            kinds += [escape(cell.outcome)] if cell.outcome else []
             attribute = f' class="{" ".join(kinds)}"' if kinds else ""
+            chip = f'<span class="chip">{escape(cell.chip)}</span> ' if cell.chip else ""
             small = f"<small>{escape(cell.small)}</small>" if cell.small else ""
-            parts.append(f"<td{attribute}>{escape(cell.text)}{small}</td>")
+            parts.append(f"<td{attribute}>{chip}{escape(cell.text)}{small}</td>")
         parts.append("</tr>")
     parts.append("</tbody></table></div>")
     return "".join(parts)
@@ -166,27 +174,26 @@ def paragraph(text: str, kind: str = "") -> str:
     return f"<p{attribute}>{escape(text)}</p>"
 
 
-def points(items: Iterable[tuple[str, str]]) -> str:
+def points(items: Iterable[tuple[str, str]], *, kind: str = "points") -> str:
     """Return a list of lines: (first words, the rest)."""
-    lines = [f"<li><b>{escape(head)}</b> {escape(rest)}</li>" for head, rest in items]
-    return f'<ul class="points">{"".join(lines)}</ul>'
-
-
-def cards(items: Iterable[str], *, columns: int = 0) -> str:
-    """Return verdict cards beside each other; ``columns`` 0 = as many as there is room for."""
-    style = f' style="--columns:{columns}"' if columns else ""
-    kind = "verdicts beside" if columns else "verdicts"
-    return f'<div class="{kind}"{style}>{"".join(items)}</div>'
-
-
-def notes(items: Iterable[tuple[str, str, bool]]) -> str:
-    """Return lines that a reader must not miss: (first words, the rest, whether it is an alarm)."""
     lines = [
-        f"<li{' class=alarm' if alarm else ''}>"
-        f"{f'<b>{escape(head)}</b> ' if head else ''}{escape(text)}</li>"
-        for head, text, alarm in items
+        f"<li>{f'<b>{escape(head)}</b> ' if head else ''}{escape(rest)}</li>"
+        for head, rest in items
     ]
-    return f'<ul class="notes">{"".join(lines)}</ul>' if lines else ""
+    return f'<ul class="{kind}">{"".join(lines)}</ul>' if lines else ""
+
+
+def answer(lead: str, head: str, check: str, *, alarm: bool) -> str:
+    """Return the answer about one model: the verdict, and below it what was checked."""
+    return (
+        f'<div class="answer{" alarm" if alarm else ""}"><p class="lead">{escape(lead)}</p>'
+        f"<p><b>{escape(head)}</b> {escape(check)}</p></div>"
+    )
+
+
+def cards(items: Iterable[str]) -> str:
+    """Return verdict cards, as many beside each other as there is room for."""
+    return f'<div class="verdicts">{"".join(items)}</div>'
 
 
 def picture(
@@ -211,9 +218,10 @@ def facts(items: Mapping[str, str]) -> str:
     return f"<dl>{''.join(lines)}</dl>"
 
 
-def fold(title: str, inside: str) -> str:
-    """Return a part that is closed until it is asked for."""
-    return f"<details><summary>{escape(title)}</summary>{inside}</details>"
+def fold(title: str, inside: str, *, is_open: bool = False) -> str:
+    """Return a part that is closed until it is asked for, or can be closed."""
+    state = " open" if is_open else ""
+    return f"<details{state}><summary>{escape(title)}</summary>{inside}</details>"
 
 
 def section(name: str, title: str, inside: str) -> str:

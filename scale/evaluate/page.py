@@ -11,25 +11,24 @@ import pandas as pd
 from scale.evaluate import html
 from scale.evaluate.findings import POOLED_TITLE, POOLED_WARNING, Findings
 from scale.evaluate.html import Cell, Row
+from scale.evaluate.notices import banners, collapse_sentence, is_alarm
 from scale.evaluate.pictures import Picture, Subject
-from scale.evaluate.text import facts, left_out
+from scale.evaluate.provenance import in_words
+from scale.evaluate.text import left_out
 from scale.evaluate.verdict import (
     MEANINGS,
     Comparison,
-    banners,
-    collapse_sentence,
+    gain_in_short,
     label_of,
     overall,
     sentence,
     short_verdict,
 )
 from scale.plot.bars import CEILING, arrow, number
-from scale.plot.canvas import CAN_DRAW
+from scale.plot.canvas import CAN_DRAW, method_name
 
 MOST_EXCLUDED = 100
 """Rows of left-out conditions on the page; the file has them all."""
-_MOST_BESIDE = 3
-"""Verdicts beside each other."""
 _EXTREMES = 5
 """Best and worst conditions in their table."""
 
@@ -58,10 +57,10 @@ def build(
         "verdict": ("Verdict", _verdict(findings)),
         "scores": ("Scores", _scores(findings)),
         "pooled": (POOLED_TITLE, _pooled(findings)),
-        "figures": ("Figures", figures or html.paragraph(_no_figures())),
+        "figures": ("Figures", _not_drawn(subject) + figures if figures else _no_figures()),
         "conditions": ("Best and worst conditions", _conditions(subject)),
         "left-out": (left_out(len(findings.excluded)), _excluded(findings)),
-        "made": ("How it was made", html.facts(facts(meta))),
+        "made": ("How it was made", html.facts(in_words(meta))),
     }
     return html.page(
         title=title,
@@ -72,70 +71,125 @@ def build(
 
 def _no_figures() -> str:
     if CAN_DRAW:
-        return "No figure could be drawn."
-    return "matplotlib is not installed, so there are no figures: pip install matplotlib."
+        return html.paragraph("No figure could be drawn.")
+    return html.paragraph(
+        "matplotlib is not installed, so there are no figures: pip install matplotlib."
+    )
+
+
+def _not_drawn(subject: Subject) -> str:
+    """Say which models only the tables and the bars have."""
+    rest = subject.models[len(subject.shown) :]
+    if not rest:
+        return ""
+    return html.paragraph(
+        f"Figures of conditions, genes and cells show {', '.join(subject.shown)}; "
+        f"{', '.join(rest)} stand{'s' if len(rest) == 1 else ''} in the tables, the bars and the "
+        "figures of all methods.",
+        "quiet",
+    )
 
 
 def _verdict(findings: Findings) -> str:
-    parts = [
-        html.paragraph(overall(model, comparisons, findings.verdict(model)), "lead")
-        for model, comparisons in findings.comparisons.items()
-    ]
-    several = len(findings.models) > 1
-    columns = min(len(findings.models), _MOST_BESIDE) if several else 0
-    by_metric: dict[str, list[Comparison]] = {}
-    for comparisons in findings.comparisons.values():
-        for c in comparisons:
-            by_metric.setdefault(c.metric, []).append(c)
-    cards = []
-    for metric, found in by_metric.items():
-        if not found[0].is_claim:
-            continue
-        meaning = _capital(MEANINGS.get(metric, ""))
-        title = f"{label_of(metric)}\N{NO-BREAK SPACE}{arrow(found[0].better)}"
-        row = [
-            html.verdict(
-                title=c.model if several else title,
-                chip=short_verdict(c),
-                outcome=c.outcome,
-                text=_capital(sentence(c)),
-                small="" if several else meaning,
-            )
-            for c in found
-        ]
-        if several:
-            parts.append(html.heading(title) + html.paragraph(meaning, "quiet"))
-            parts.append(html.cards(row, columns=columns))
-        cards += row
-    if not several:
-        parts.append(html.cards(cards))
-    others = [c for found in by_metric.values() for c in found if not c.is_claim]
-    if others:
-        parts.append(html.paragraph("Not claim metrics, for description:", "quiet"))
-        parts.append(
-            html.points(
-                (
-                    f"{label_of(c.metric)} {arrow(c.better)}" + (f", {c.model}:" * several),
-                    sentence(c),
-                )
-                for c in others
-            )
+    """The answer of each model, what limits it, and the claim metrics one by one."""
+    answers = "".join(
+        html.answer(
+            overall(model, comparisons, findings.verdict(model)),
+            "Mean-collapse check.",
+            _capital(collapse_sentence(findings.evaluation.collapse.get(model, {}))),
+            alarm=is_alarm(findings.verdict(model)),
         )
-    lines = []
-    for model in findings.models:
-        collapse = findings.evaluation.collapse.get(model, {})
-        told = collapse_sentence(model, collapse)
-        alarm = any(word in findings.verdict(model) for word in _ALARMS)
-        lines.append(("Mean-collapse check.", told, alarm))
-    lines += [("", line, False) for line in banners(findings.evaluation, findings.baselines)]
-    return "".join(parts) + html.notes(lines)
+        for model, comparisons in findings.comparisons.items()
+    )
+    limits = html.points((("", line) for line in banners(findings)), kind="limits")
+    claims = _claim_cards if len(findings.models) == 1 else _claim_table
+    return answers + limits + claims(findings)
+
+
+def _claim_cards(findings: Findings) -> str:
+    """One card per claim metric of the only model, and its other comparisons as a list."""
+    comparisons = findings.comparisons[findings.models[0]]
+    cards = [
+        html.verdict(
+            title=_titled(c),
+            chip=short_verdict(c),
+            outcome=c.outcome,
+            text=_capital(sentence(c)),
+            small=_capital(MEANINGS.get(c.metric, "")),
+        )
+        for c in comparisons
+        if c.is_claim
+    ]
+    others = [(_titled(c), sentence(c)) for c in comparisons if not c.is_claim]
+    return html.cards(cards) + _described(others)
+
+
+def _claim_table(findings: Findings) -> str:
+    """Claim metrics beside each other, a row per model, and every comparison in words."""
+    by_metric: dict[str, dict[str, Comparison]] = {}
+    for model, comparisons in findings.comparisons.items():
+        for c in comparisons:
+            by_metric.setdefault(c.metric, {})[model] = c
+    claims = {m: found for m, found in by_metric.items() if next(iter(found.values())).is_claim}
+    columns = [("", ""), *((_titled(next(iter(c.values()))), m) for m, c in claims.items())]
+    rows = [
+        Row(model, [_claim_cell(found.get(model)) for found in claims.values()], "model")
+        for model in findings.models
+    ]
+    first = [next(iter(found.values())) for found in claims.values()]
+    rows.append(Row("best baseline", [_baseline_cell(c) for c in first], "first"))
+    rows.append(Row("repeated experiment", [_ceiling_cell(c) for c in first], "ceiling"))
+    table = html.table(
+        columns,
+        rows,
+        caption="Claim metrics: the score, the paired gain over the best baseline with its "
+        "interval over independent units, and in how many of them the model is better.",
+    )
+    words = [
+        html.heading(_titled(next(iter(found.values()))))
+        + html.paragraph(_capital(MEANINGS.get(metric, "")), "quiet")
+        + html.points((f"{model}:", sentence(c)) for model, c in found.items())
+        for metric, found in claims.items()
+    ]
+    others = [
+        (f"{_titled(c)}, {model}:", sentence(c))
+        for metric, found in by_metric.items()
+        for model, c in found.items()
+        if metric not in claims
+    ]
+    return table + html.fold("Every comparison in words", "".join(words) + _described(others))
+
+
+def _titled(comparison: Comparison) -> str:
+    return f"{label_of(comparison.metric)}\N{NO-BREAK SPACE}{arrow(comparison.better)}"
+
+
+def _claim_cell(c: Comparison | None) -> Cell:
+    if c is None:
+        return Cell("–")
+    gain = "" if c.baseline is None else gain_in_short(c)
+    return Cell(number(c.value), gain, chip=short_verdict(c), outcome=c.outcome)
+
+
+def _baseline_cell(c: Comparison) -> Cell:
+    if c.baseline is None:
+        return Cell("–")
+    return Cell(number(c.baseline_value), method_name(c.baseline))
+
+
+def _ceiling_cell(c: Comparison) -> Cell:
+    bound = np.isfinite(c.ceiling_bound) and number(c.full_ceiling) == number(c.ceiling)
+    return Cell(number(c.full_ceiling), f"to {number(c.ceiling_bound)}" if bound else "")
+
+
+def _described(others: Sequence[tuple[str, str]]) -> str:
+    if not others:
+        return ""
+    return html.paragraph("Not claim metrics, for description:", "quiet") + html.points(others)
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-_ALARMS = ("COLLAPSED", "SHRUNK", "OVER-DISPERSED", "CONTROL COPY")
 
 
 def _scores(findings: Findings) -> str:
@@ -146,7 +200,7 @@ def _scores(findings: Findings) -> str:
     ]
     rows = []
     previous = "model"
-    for line in findings.lines:
+    for line in findings.best_lines:
         cells = [
             Cell(
                 number(findings.score(line, metric).mean),
@@ -162,12 +216,13 @@ def _scores(findings: Findings) -> str:
         columns,
         rows,
         caption="Mean over contexts, with the t interval over independent units where there are "
-        "three or more. The best of models and baselines is marked. The replicate, one "
-        "half of the observed cells as a prediction of the other half, is the ceiling; it is "
+        "three or more. The best of models and baselines is marked; a baseline stands in the "
+        "better of its two forms, dispersed cells or their exact mean. The replicate, one half of "
+        "the observed cells as a prediction of the other half, is the ceiling; it is "
         "carried to all cells where that is possible, else it lies between the two numbers in "
         "brackets. The oracle is the observed mean itself. ↑ higher is better, ↓ lower.",
     )
-    first += html.notes(("", line, False) for line in findings.without_interval())
+    first += html.points((("", line) for line in findings.without_interval()), kind="limits")
     return first + html.fold(f"All {len(findings.metrics)} metrics", _all_metrics(findings))
 
 
@@ -207,32 +262,49 @@ def _pooled(findings: Findings) -> str:
 
 
 def _conditions(subject: Subject) -> str:
-    ranked = subject.ranking()
+    """The best and the worst conditions of each model; those of the first model stand open."""
+    tables = {m: _extremes(subject, m) for m in subject.models}
+    tables = {m: table for m, table in tables.items() if table}
+    if len(tables) == 1:
+        return "".join(tables.values())
+    return "".join(
+        html.fold(f"Best and worst conditions of {model}", table, is_open=place == 0)
+        for place, (model, table) in enumerate(tables.items())
+    )
+
+
+def _extremes(subject: Subject, model: str) -> str:
+    """The conditions at both ends of a model's ranking, with what the others score there."""
+    ranked = subject.ranking(model)
     if ranked is None:
         return ""
     metric, values = ranked
-    best = subject.best_baseline(metric)
-    columns = [("condition", ""), (subject.model, metric)]
-    rivals = [m for m in (best, CEILING) if m and not subject.values(metric, m).empty]
-    columns += [(m.replace("_", " "), metric) for m in rivals]
+    others = [m for m in subject.models if m != model]
+    methods = [model, *others, subject.best_baseline(metric), CEILING]
+    scores = {m: subject.values(metric, m).to_dict() for m in methods if m is not None}
+    scores = {m: known for m, known in scores.items() if known}
+    columns = [("condition", ""), *((method_name(m), metric) for m in scores)]
     columns += [("cells", "observed"), ("significant genes", "observed")]
     rows = subject.scores[
-        (subject.scores["method"] == subject.model) & (subject.scores["metric"] == metric)
+        (subject.scores["method"] == model) & (subject.scores["metric"] == metric)
     ].drop_duplicates(["context", "perturbation"])
     known = rows.set_index(["context", "perturbation"])
-    others = {m: subject.values(metric, m).to_dict() for m in rivals}
-    if len(values) > 2 * _EXTREMES:
-        chosen = [*values.index[:_EXTREMES], *values.index[-_EXTREMES:]]
-    else:
-        chosen = list(values.index)
-    lines = []
-    for place, condition in enumerate(chosen):
-        cells = [number(float(values.to_dict()[condition]))]
-        cells += [number(others[m].get(condition, float("nan"))) for m in rivals]
-        for name in ("num_cells_observed", "num_significant_observed"):
-            cells.append(_count(known[name].to_dict().get(condition)))
-        cut = len(values) > 2 * _EXTREMES and place == _EXTREMES
-        lines.append(Row(subject.name(condition, 60), cells, "first" if cut else ""))
+    counts = [known[n].to_dict() for n in ("num_cells_observed", "num_significant_observed")]
+    is_cut = len(values) > 2 * _EXTREMES
+    chosen = list(values.index)
+    if is_cut:
+        chosen = [*chosen[:_EXTREMES], *chosen[-_EXTREMES:]]
+    lines = [
+        Row(
+            subject.name(condition, 60),
+            [
+                *(number(of_method.get(condition, float("nan"))) for of_method in scores.values()),
+                *(_count(of_count.get(condition)) for of_count in counts),
+            ],
+            "first" if is_cut and place == _EXTREMES else "",
+        )
+        for place, condition in enumerate(chosen)
+    ]
     caption = f"{len(values)} conditions were scored; ranked by {label_of(metric).lower()}."
     return html.table(columns, lines, caption=caption)
 

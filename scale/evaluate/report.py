@@ -20,8 +20,9 @@ from scale.evaluate import page, tables, text
 from scale.evaluate.compare import differences
 from scale.evaluate.findings import Findings
 from scale.evaluate.pictures import Subject, draw, draw_summary
+from scale.evaluate.provenance import of_predictions, provenance
 from scale.plot.canvas import png
-from scale.runtime import atomic_path, versions, write_json
+from scale.runtime import atomic_path, write_json
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -79,8 +80,7 @@ class Report:
         self.title = title
         self.training_metrics = training_metrics
         self.findings = Findings(evaluation)
-        self.meta: dict[str, Any] = {**evaluation.meta, **(meta or {})}
-        self.meta.setdefault("versions", versions())
+        self.meta = provenance(evaluation.meta, meta or {})
 
     @property
     def scores(self) -> pd.DataFrame:
@@ -262,4 +262,5 @@ def evaluate(
         protocol=protocol or ProtocolConfig(),
         seed=seed,
     )
-    return Report(evaluation)
+    made = {"unit": unit_key or cell_type_key, "command": "scale.evaluate, from Python"}
+    return Report(evaluation, meta={**of_predictions(methods), **made})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scale.evaluate.findings import POOLED_TITLE, POOLED_WARNING, Findings
-from scale.evaluate.verdict import banners, collapse_sentence, label_of, overall, sentence
+from scale.evaluate.notices import banners, collapse_sentence
+from scale.evaluate.provenance import in_words
+from scale.evaluate.verdict import label_of, overall, sentence
 from scale.plot.bars import arrow, number
+from scale.plot.canvas import method_name
 
 MOST_EXCLUDED = 40
 """Lines of left-out conditions in the text; the file has them all."""
@@ -32,7 +34,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 def main_table(findings: Findings) -> str:
     """Return the first table: methods x headline metrics; ``*`` marks the best."""
     rows = [["", *(f"{m} {arrow(findings.better(m))}" for m in findings.headline)]]
-    for line in findings.lines:
+    for line in findings.best_lines:
         cells = []
         for metric in findings.headline:
             mark = "*" if findings.is_best(line, metric) else " "
@@ -44,7 +46,7 @@ def main_table(findings: Findings) -> str:
 def full_table(findings: Findings) -> str:
     """Return every metric of every method, a baseline in its better form."""
     means = findings.summary()
-    rows = [["", *(name.replace("_", " ") for name in means)]]
+    rows = [["", *map(method_name, means)]]
     for metric in findings.metrics:
         name = f"{metric} {arrow(findings.better(metric))}".rstrip()
         rows.append([name, *(number(each[metric]) for each in means.values())])
@@ -69,45 +71,21 @@ def left_out(count: int) -> str:
     return f"Left out: {count:,} condition{'' if count == 1 else 's'}"
 
 
-def facts(meta: Mapping[str, Any]) -> dict[str, str]:
-    """Return what is known about the making of a report, each as one text."""
-    known: dict[str, str] = {}
-    for name, value in meta.items():
-        if name == "warnings" or value is None:
-            continue
-        words = name.replace("_", " ")
-        if isinstance(value, Mapping):
-            known[words] = ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
-        elif isinstance(value, list | tuple):
-            known[words] = ", ".join(_plain(v) for v in value)
-        else:
-            known[words] = _plain(value)
-    return known
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
 def markdown(findings: Findings, *, title: str, subtitle: str, meta: Mapping[str, Any]) -> str:
     """Return the whole report as text."""
     lines = [f"# {title}", "", subtitle, "", "## Verdict", ""]
     for model, comparisons in findings.comparisons.items():
+        check = collapse_sentence(findings.evaluation.collapse.get(model, {}))
         lines += [overall(model, comparisons, findings.verdict(model)), ""]
-        for c in comparisons:
-            head = label_of(c.metric) if len(findings.models) == 1 else f"{model}, {c.metric}"
-            lines.append(f"- {head}: {sentence(c)}")
-    lines.append("")
-    for model in findings.models:
-        lines.append(f"- {collapse_sentence(model, findings.evaluation.collapse.get(model, {}))}")
-    lines += [f"- {line}" for line in banners(findings.evaluation, findings.baselines)]
+        lines += [f"- Mean-collapse check of {model}: {check}", ""]
+    lines += [f"- {line}" for line in banners(findings)]
+    for model, comparisons in findings.comparisons.items():
+        lines += ["", f"{model} against the best baseline:", ""]
+        lines += [f"- {label_of(c.metric)}: {sentence(c)}" for c in comparisons]
     lines += ["", "## Scores", "", main_table(findings), ""]
     lines += [
-        "Means over contexts; `*` = best of models and baselines; the replicate is the ceiling.",
+        "Means over contexts; `*` = best of models and baselines. A baseline stands in the "
+        "better of its forms; the replicate is the ceiling.",
         *findings.without_interval(),
         "",
         *_pooled(findings),
@@ -128,5 +106,5 @@ def markdown(findings: Findings, *, title: str, subtitle: str, meta: Mapping[str
             lines.append(f"... {len(findings.excluded) - MOST_EXCLUDED} more in excluded.csv")
         lines.append("")
     lines += ["## How it was made", ""]
-    lines += [f"- {name}: {value}" for name, value in facts(meta).items()]
+    lines += [f"- {name}: {value}" for name, value in in_words(meta).items()]
     return "\n".join(lines) + "\n"

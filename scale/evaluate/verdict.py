@@ -24,11 +24,11 @@ from scale.evaluate.aggregate import (
 from scale.evaluate.statistics import (
     MINIMUM_UNITS,
     Outcome,
-    count_signs,
     outcome_of,
     t_interval,
 )
 from scale.plot.bars import CEILING, better_forms, ceiling_of, number
+from scale.plot.canvas import method_name
 
 if TYPE_CHECKING:
     from scale.evaluate.protocol import Evaluation
@@ -158,7 +158,7 @@ def form_of(aggregate: pd.DataFrame, method: str, metric: str) -> str | None:
     return str(rows["form"].to_dict()[method]) if method in rows.index else None
 
 
-def compare(
+def against_best_baseline(
     evaluation: Evaluation, model: str, metric: str, baselines: Collection[str]
 ) -> Comparison | None:
     """Return the comparison of a model with the best baseline on one metric, None if undefined."""
@@ -212,7 +212,7 @@ def sentence(comparison: Comparison) -> str:
     if c.baseline is None:
         text = f"{number(c.value)}; no baseline was scored, so nothing can be claimed."
     else:
-        rival = f"{c.baseline.replace('_', ' ')}, {number(c.baseline_value)}"
+        rival = f"{method_name(c.baseline)}, {number(c.baseline_value)}"
         units = f"{c.num_units_better} of {c.num_units} {c.unit_word}"
         gain = _signed(c.gain)
         interval = f" [{_signed(c.low)}, {_signed(c.high)}]" if np.isfinite(c.low) else ""
@@ -259,6 +259,13 @@ def _signed(value: float) -> str:
     return f"{'-' if value < 0 else '+'}{number(abs(value))}"
 
 
+def gain_in_short(comparison: Comparison) -> str:
+    """Return the paired gain as it stands in a table: gain, interval, count of units."""
+    c = comparison
+    interval = f" [{_signed(c.low)}, {_signed(c.high)}]" if np.isfinite(c.low) else ""
+    return f"{_signed(c.gain)}{interval}, {c.num_units_better} of {c.num_units}"
+
+
 def short_verdict(comparison: Comparison) -> str:
     """Return a comparison in one or two words."""
     if comparison.baseline is None:
@@ -269,80 +276,39 @@ def short_verdict(comparison: Comparison) -> str:
 
 
 _COLLAPSES = ("COLLAPSED", "CONTROL COPY")
-_SIGN_LEVEL = 0.05
 
 
 def overall(model: str, comparisons: Sequence[Comparison], collapse: str = "") -> str:
-    """Return the verdict over the claim metrics in one sentence.
+    """Return the verdict over the claim metrics in words, each metric by its name.
 
     Where the mean-collapse check (its verdict is ``collapse``) fires, no claim stands.
     """
     claims = [c for c in comparisons if c.is_claim and c.baseline is not None]
     if not claims:
         return f"{model}: no baseline was scored on a claim metric, so nothing can be claimed."
-    counted = {
-        outcome: sum(c.outcome == outcome for c in claims) for outcome in ("better", "worse")
-    }
     total = f"{len(claims)} claim metric{'s' if len(claims) != 1 else ''}"
     if max(c.num_units for c in claims) < MINIMUM_UNITS:
-        ahead = sum(c.gain > 0 for c in claims)
+        ahead = [c for c in claims if c.gain > 0]
         return (
-            f"{model} is ahead of the best baseline on {ahead} of {total}; with fewer than "
-            f"{MINIMUM_UNITS} independent units none of this is established."
+            f"{model} is ahead of the best baseline on {len(ahead)} of {total}{_listed(ahead)}; "
+            f"with fewer than {MINIMUM_UNITS} independent units none of this is established."
         )
-    text = f"{model} beats the best baseline on {counted['better']} of {total}"
-    text += f" and is beaten on {counted['worse']}." if counted["worse"] else "."
+    better, worse, level = ([c for c in claims if c.outcome == o] for o in _OUTCOMES)
+    text = f"{model} beats the best baseline on {len(better)} of {total}{_listed(better)}."
+    if worse:
+        text += f" It is beaten on {len(worse)}{_listed(worse)}."
+    if level:
+        text += f" Not told apart on {len(level)}{_listed(level)}."
     if any(word in collapse for word in _COLLAPSES):
-        text += f" But the collapse check fires ({collapse}), so none of this is a claim."
+        text += f" But the mean-collapse check fires ({collapse}), so none of this is a claim."
     return text
 
 
-def collapse_sentence(model: str, facts: dict[str, object]) -> str:
-    """Return the mean-collapse verdict of a model in words."""
-    verdict = str(facts.get("verdict", "unknown"))
-    parts = []
-    for name, words in (
-        (
-            "spread_ratio",
-            "spread of the predicted responses over perturbations is {} of the "
-            "observed (noise taken out)",
-        ),
-        ("within_variance_ratio", "variance within a predicted set is {} of the observed"),
-    ):
-        value = facts.get(name)
-        if isinstance(value, int | float) and np.isfinite(value):
-            parts.append(words.format(number(float(value))))
-    if facts.get("no_skill"):
-        parts.append(
-            "intervals of residual_pearson and retrieval_l2 both hold the value of no skill, and "
-            "end below those of a replicate"
-        )
-    return f"{model}: {verdict}" + (f"; {'; '.join(parts)}." if parts else ".")
+_OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "open")
 
 
-def banners(evaluation: Evaluation, baselines: Sequence[str]) -> list[str]:
-    """Return what a reader must know before any number."""
-    lines = []
-    scores = evaluation.scores
-    num_units = scores.loc[scores["metric"] == "pearson_delta", "unit"].nunique()
-    if num_units == 1:
-        lines.append(
-            f"One independent unit only, fewer than {MINIMUM_UNITS}: no interval. The scores say "
-            "nothing about another cell line or donor."
-        )
-    elif num_units < MINIMUM_UNITS:
-        lines.append(
-            f"{num_units} independent units only, fewer than {MINIMUM_UNITS}: no intervals."
-        )
-    elif (best_p := count_signs(np.ones(num_units)).best_p) > _SIGN_LEVEL:
-        lines.append(
-            f"A count of units proves little here: {num_units} of {num_units} is "
-            f"p = {best_p:.4g} two-sided at best."
-        )
-    if not baselines:
-        lines.append("No baseline was scored (no training cells were given): no claim is possible.")
-    if CEILING not in set(evaluation.scores["method"]):
-        lines.append("No ceiling was computed: how far a repeated experiment gets is not known.")
-    lines += [str(text) for text in evaluation.meta.get("warnings", [])]
-    lines.append("One trained model per method: the variance over training seeds is not covered.")
-    return lines
+def _listed(comparisons: Sequence[Comparison]) -> str:
+    """Return the metrics' names after a colon, nothing where there are none."""
+    names = [label_of(c.metric) for c in comparisons]
+    words = [n if n[:2].isupper() else n[:1].lower() + n[1:] for n in names]
+    return f": {', '.join(words)}" if words else ""

@@ -20,6 +20,7 @@ from scale.plot.canvas import (
     few_ticks,
     key,
     method_colours,
+    method_name,
     new_axes,
     new_figure,
     spread_evenly,
@@ -134,7 +135,7 @@ def scores(
     if np.isfinite(top):
         ax.axvline(top, color=REPLICATE, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
     ax.axvline(0, color=QUIET, linewidth=0.8)
-    words = [(labels or {}).get(m, m.replace("_", " ")) for m in reversed(order)]
+    words = [(labels or {}).get(m, method_name(m)) for m in reversed(order)]
     ax.set_yticks(np.arange(len(order)), words)
     ax.set_ylim(-0.6, len(order) - 0.4)
     better = str(rows["better"].iloc[0])
@@ -254,7 +255,7 @@ def strip(
             alpha=0.75,
         )
         ax.plot([place - 0.34, place + 0.34], [np.median(values)] * 2, color=INK, linewidth=1.6)
-    names = [m.replace("_", " ") for m in methods]
+    names = [method_name(m) for m in methods]
     ax.set_xticks(np.arange(len(methods)), names, rotation=38, ha="right", rotation_mode="anchor")
     ax.set_xlim(-0.6, len(methods) - 0.4)
     tidy(ax, grid="y", title=label)
@@ -311,8 +312,7 @@ def dumbbells(
     ax.set_xlim(-0.8, len(ranked) - 0.2)
     tidy(ax, grid="y")
     handles = [
-        dot(colours.get(m, QUIET), m.replace("_", " "), hollow=m == CEILING)
-        for m in [first, *others]
+        dot(colours.get(m, QUIET), method_name(m), hollow=m == CEILING) for m in [first, *others]
     ]
     key(ax, handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(handles))
     return ax

@@ -12,6 +12,7 @@ from scale.plot.bars import CEILING, number
 from scale.plot.canvas import (
     FAINT,
     INK,
+    LABEL_POINTS,
     PAPER,
     QUIET,
     SMALL_POINTS,
@@ -20,6 +21,7 @@ from scale.plot.canvas import (
     end_labels,
     few_ticks,
     key,
+    method_name,
     new_axes,
     shorten,
     text_on_paper,
@@ -88,7 +90,7 @@ def scaled(
     tidy(ax, grid="x", title=title)
     ax.tick_params(axis="y", length=0, labelcolor=INK)
     if len(methods) > 1:
-        handles = [dot(colours.get(m, QUIET), m.replace("_", " ")) for m in methods]
+        handles = [dot(colours.get(m, QUIET), method_name(m)) for m in methods]
         key(ax, handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(methods))
     return ax
 
@@ -128,12 +130,15 @@ def gains(
     ax.axhline(-0.55, color=QUIET, linewidth=0.6)
     means = [-1.1 - 0.75 * i for i in range(len(by_unit))]
     names = [shorten(str(u), 14) for u in reversed(units)]
-    ax.set_yticks([*range(len(units)), *means], [*names, *["mean"] * len(means)])
+    of_whom = [shorten(m, 14) for m in by_unit] if len(by_unit) > 1 else ["mean"]
+    ax.set_yticks([*range(len(units)), *means], [*names, *of_whom])
     ax.set_ylim(means[-1] - 0.6, len(units) - 0.4)
     span = max(values) - min(values) or 1.0
     ax.set_xlim(min(values) - 0.08 * span, max(values) + 0.08 * span)
     few_ticks(ax, "x", 4)
-    tidy(ax, grid="x", title=title)
+    tidy(ax, grid="x")
+    if title is not None:  # above a narrow panel, where a usual title would not fit
+        ax.set_title(title, loc="left", fontsize=LABEL_POINTS, color=INK, pad=8)
     ax.tick_params(axis="y", length=0, labelcolor=INK)
     return ax
 
@@ -172,7 +177,7 @@ def overlap_curves(
         last = series.dropna()
         if len(last):
             x, y = float(last.index[-1]), float(last.iloc[-1])
-            ends.append((x, y, method.replace("_", " "), colour))
+            ends.append((x, y, method_name(method), colour))
     ax.set_xscale("log")
     ax.set_xticks(lengths, [str(k) for k in lengths])
     ax.minorticks_off()
@@ -184,17 +189,80 @@ def overlap_curves(
     return ax
 
 
-def _free_place(
-    x: float, y: float, taken: list[tuple[float, float, bool]], *, reach: float, step: float
-) -> tuple[bool, float]:
-    """Return (whether right of the point, height) for a name that meets no other one."""
-    for lift in range(2 * len(taken) + 1):
-        for side in (True, False):
-            height = y + lift * step
-            near = [t for t in taken if abs(t[1] - height) < 0.95 * step and t[2] == side]
-            if all(abs(t[0] - x) > reach for t in near):
-                return side, height
-    return True, y
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top."""
+
+
+def _meet(first: Box, second: Box) -> bool:
+    return (
+        first[0] < second[2]
+        and second[0] < first[2]
+        and first[1] < second[3]
+        and second[1] < first[3]
+    )
+
+
+def _free_box(point: tuple[float, float], size: tuple[float, float], taken: list[Box]) -> Box:
+    """Return where a name of that size meets nothing: beside its point, else above or below."""
+    x, y = point
+    width, height = size
+    for lift in sorted(range(-12, 13), key=lambda step: (abs(step), -step)):
+        for left in (x + 0.3 * height, x - 0.3 * height - width):
+            bottom = y + (lift - 0.5) * height
+            box = (left, bottom, left + width, bottom + height)
+            if not any(_meet(box, other) for other in taken):
+                return box
+    return (x, y, x + width, y + height)
+
+
+def _name_points(
+    ax: Axes,
+    points: Mapping[str, tuple[float, float]],
+    colours: Mapping[str, str],
+    taken: list[Box],
+) -> None:
+    """Write the name of every point beside it, none over another one or over a point.
+
+    Places are sought in shares of the axes, so that a letter is as wide everywhere.
+
+    Parameters
+    ----------
+    taken
+        Boxes that are to stay free, in shares of the axes.
+    """
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    shares = {
+        m: ((x - left) / (right - left), (y - bottom) / (top - bottom))
+        for m, (x, y) in points.items()
+    }
+    taken = [*taken, *((x - 0.01, y - 0.015, x + 0.01, y + 0.015) for x, y in shares.values())]
+    frame = [(-9.0, -9.0, 0.0, 9.0), (1.0, -9.0, 9.0, 9.0)]
+    frame += [(-9.0, -9.0, 9.0, 0.0), (-9.0, 1.0, 9.0, 9.0)]
+    for method, share in shares.items():
+        name, colour = method_name(method), text_on_paper(colours.get(method, QUIET))
+        box = _free_box(share, (_LETTER * len(name), _LINE), [*frame, *taken])
+        taken.append(box)
+        middle = (box[1] + box[3]) / 2
+        is_right = box[0] > share[0]
+        if abs(middle - share[1]) > _LINE / 2:
+            end = box[0] if is_right else box[2]
+            path = zip(share, (end, middle), strict=True)
+            ax.plot(*path, color=colour, linewidth=0.5, transform=ax.transAxes, zorder=3)
+        ax.text(
+            box[0] if is_right else box[2],
+            middle,
+            name,
+            transform=ax.transAxes,
+            ha="left" if is_right else "right",
+            va="center",
+            fontsize=SMALL_POINTS,
+            color=colour,
+            zorder=5,
+        )
+
+
+_LETTER, _LINE = 0.0145, 0.043
+"""Width of a letter and height of a line, as shares of axes of 5.6 x 4 inches."""
 
 
 def collapse_plane(
@@ -229,36 +297,23 @@ def collapse_plane(
         fontsize=SMALL_POINTS,
         color=INK,
     )
-    for x, y, text, turn in (
-        (right * 0.995, 0.035, "one response for all", 0),
-        (right * 0.995, 0.485, "shrunk", 0),
-        (0.02, top * 0.985, "too little\nvariance in a set", 0),
+    for x, y, text in (
+        (right * 0.995, 0.035, "one response for all"),
+        (right * 0.995, 0.485, "shrunk"),
+        (0.02, top * 0.985, "too little\nvariance in a set"),
     ):
         side = "left" if x < 1 else "right"
-        ax.text(
-            x, y, text, ha=side, va="top", fontsize=SMALL_POINTS - 0.5, color=QUIET, rotation=turn
-        )
-    taken: list[tuple[float, float, bool]] = []
-    for method, (x, y) in points.items():
-        if not (np.isfinite(x) and np.isfinite(y)):
-            continue
+        ax.text(x, y, text, ha=side, va="top", fontsize=SMALL_POINTS - 0.5, color=QUIET)
+    known = {m: (x, y) for m, (x, y) in points.items() if np.isfinite(x) and np.isfinite(y)}
+    for method, (x, y) in known.items():
         colour = colours.get(method, QUIET)
         ax.scatter([x], [y], s=64, color=colour, edgecolors=PAPER, linewidths=0.8, zorder=4)
-        is_right, height = _free_place(x, y, taken, reach=0.3 * right, step=0.05 * (top - bottom))
-        taken.append((x, height, is_right))
-        ax.annotate(
-            method.replace("_", " "),
-            (x, y),
-            xytext=(x + (0.015 if is_right else -0.015) * right, height),
-            textcoords="data",
-            ha="left" if is_right else "right",
-            va="center",
-            fontsize=SMALL_POINTS,
-            color=text_on_paper(colour),
-            zorder=5,
-        )
     ax.set_xlim(0, right)
     ax.set_ylim(bottom, top)
+    words = [(0.79, 0.0, 1.0, 0.12), (0.0, 0.9, 0.22, 1.0)]
+    observed = ((1 - 0.02) / right, (1 - bottom) / (top - bottom))
+    words.append((observed[0], observed[1] - 0.02, observed[0] + 0.2, observed[1] + 0.06))
+    _name_points(ax, known, colours, words)
     ax.set_xlabel("variance within a predicted set / observed")
     ax.set_ylabel("spread over perturbations / observed")
     few_ticks(ax, "x", 6)

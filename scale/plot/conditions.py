@@ -21,6 +21,7 @@ from scale.plot.canvas import (
     few_ticks,
     key,
     logarithmic,
+    method_name,
     new_axes,
     tidy,
 )
@@ -58,7 +59,7 @@ def counts(
         colour = colours.get(method, QUIET)
         ax.scatter(x, y, s=24, color=colour, alpha=0.75, edgecolors=PAPER, linewidths=0.4)
         ratio = y.sum() / x.sum() if x.sum() > 0 else float("nan")
-        handles.append(dot(colour, f"{method.replace('_', ' ')} ({number(ratio)} ×)"))
+        handles.append(dot(colour, f"{method_name(method)} ({number(ratio)} ×)"))
     lowest = min((float(v.min()) for v in [observed, *predicted.values()] if len(v)), default=0.0)
     limit = top * 1.5
     ax.plot([0, limit], [0, limit], color=QUIET, linewidth=0.9, linestyle=_DASHED)
@@ -71,7 +72,10 @@ def counts(
     low = 0.7 * lowest if lowest > 0 else -0.3
     ax.set_xlim(low, limit)
     ax.set_ylim(low, limit)
-    ticks = [t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if lowest <= t <= limit]
+    ticks = [t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if low <= t <= limit]
+    if len(ticks) < 3:
+        steps = (1, 1.5, 2, 3, 4, 5, 7)
+        ticks = [int(s * 10**d) for d in range(1, 5) for s in steps if low <= s * 10**d <= limit]
     words = [f"{t:,}" for t in ticks]
     ax.set_xticks(ticks, words)
     ax.set_yticks(ticks, words)
@@ -122,7 +126,7 @@ def against_effect(
             alpha=0.8,
             zorder=3 if not handles else 2,
         )
-        handles.append(dot(colour, method.replace("_", " "), hollow=hollow))
+        handles.append(dot(colour, method_name(method), hollow=hollow))
     if limit is not None and (curve := running_median(size, limit)) is not None:
         x, y = curve
         ax.plot(x, y, color=INK, linewidth=1.3, linestyle=_DASHED, zorder=4)
@@ -178,7 +182,7 @@ def ranks(
     ax.set_ylabel("share of conditions")
     few_ticks(ax, "y")
     tidy(ax, grid="y", title=title)
-    handles = [dot(colours.get(m, QUIET), m.replace("_", " ")) for m in values]
+    handles = [dot(colours.get(m, QUIET), method_name(m)) for m in values]
     key(ax, handles, loc="upper left")
     return ax
 
@@ -223,7 +227,7 @@ def distances(
             linewidths=0.9 if hollow else 0.4,
             alpha=0.8,
         )
-        name = method.replace("_", " ")
+        name = method_name(method)
         handles.append(dot(colour, f"{name} ({below} of {len(both)} below)", hollow=hollow))
     ax.plot([floor, top], [floor, top], color=QUIET, linewidth=0.9, linestyle=_DASHED)
     low = float(control.clip(lower=floor).min()) * 0.8 if len(control) else floor
@@ -273,7 +277,7 @@ def genes(
         ax.scatter(x, y, s=9, color=colour, alpha=0.45, linewidths=0)
         middle = float(np.median(y / x if by_ratio else y - x))
         told = f"{number(middle)} ×" if by_ratio else f"{middle:+.3f}"
-        handles.append(dot(colour, f"{method.replace('_', ' ')} ({told})"))
+        handles.append(dot(colour, f"{method_name(method)} ({told})"))
         ends += [float(min(x.min(), y.min())), float(max(x.max(), y.max()))]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
     room = (high / low) ** 0.05 if by_ratio and low > 0 else 0.04 * max(high - low, 1e-9)

@@ -25,7 +25,7 @@ def heat(
     better: str = "higher",
     limits: tuple[float, float] | None = None,
     title: str,
-    figure: Figure,
+    figure: Figure | None = None,
     ax: Axes,
 ) -> Axes:
     """Draw a table of numbers as a heat map with the numbers inside; darker is better.
@@ -34,6 +34,8 @@ def heat(
     ----------
     limits
         Numbers of the palest and the darkest colour; None = those of the table.
+    figure
+        Gets a bar that explains the colours; None = no bar.
     """
     values = table.to_numpy(np.float64)
     finite = values[np.isfinite(values)]
@@ -69,6 +71,8 @@ def heat(
     ax.tick_params(length=0, labelcolor=INK)
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
+    if figure is None:
+        return ax
     bar = figure.colorbar(image, ax=ax, shrink=0.85, aspect=24, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=SMALL_POINTS - 1, colors=QUIET, length=2)

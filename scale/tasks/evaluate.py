@@ -22,9 +22,11 @@ from scale.data.split import Split
 from scale.data.store import CellSetStore
 from scale.evaluate.cells import CellSource
 from scale.evaluate.protocol import run_protocol
+from scale.evaluate.provenance import of_predictions
 from scale.evaluate.report import Report
 from scale.plot.curves import read_metrics
 from scale.runtime import RunRecord, World, start_logging
+from scale.tasks.evaluation_facts import command, of_store, of_training
 from scale.tasks.held_out import held_out
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,9 @@ def run(config: EvaluateConfig) -> int:
     start_logging(run_dir / "evaluate.log", World(0, 1, 0))
     (run_dir / "config.yaml").write_text(to_yaml(config))
     with ExitStack() as files:
-        predicted = _read_predicted(config.predicted, files)
+        paths = _predicted_paths(config.predicted)
+        predicted = {name: _open_h5ad(path, "predicted", files) for name, path in paths.items()}
+        made = of_predictions(paths)
         target_sum = config.protocol.normalize or _target_sum(predicted)
         inputs = _inputs(config, predicted, target_sum, files)
         record = RunRecord(run_dir, World(0, 1, 0), {"seed": config.seed, **inputs.facts})
@@ -75,9 +79,8 @@ def run(config: EvaluateConfig) -> int:
             progress=logger.info,
         )
     curves = None if config.training_run is None else read_metrics(config.training_run)
-    report = Report(
-        evaluation, training_metrics=curves, meta={"target_sum": target_sum, **inputs.facts}
-    )
+    facts = {"target_sum": target_sum, "command": command(config), **made, **inputs.facts}
+    report = Report(evaluation, training_metrics=curves, meta=facts)
     page = report.save(run_dir, overwrite=config.overwrite)
     record.close("done")
     print(report.table())
@@ -88,16 +91,16 @@ def run(config: EvaluateConfig) -> int:
 # --- predictions --------------------------------------------------------------------------------
 
 
-def _read_predicted(texts: list[str], files: ExitStack) -> dict[str, CellSource]:
-    """Open ``PATH`` or ``METHOD=PATH``; one file without a name is called ``model``."""
-    predicted: dict[str, CellSource] = {}
+def _predicted_paths(texts: list[str]) -> dict[str, str]:
+    """Method -> path from ``PATH`` or ``METHOD=PATH``; one file without a name is ``model``."""
+    predicted: dict[str, str] = {}
     for text in texts:
         name, sign, path = text.partition("=")
         if not sign or Path(text).is_file() or "/" in name:
             name, path = ("model" if len(texts) == 1 else Path(text).stem), text
         if name in predicted:
             raise ValueError(f"two predictions are called {name!r}; write predicted=[NAME=PATH,..]")
-        predicted[name] = _open_h5ad(path, "predicted", files)
+        predicted[name] = path
     return predicted
 
 
@@ -165,6 +168,11 @@ def _inputs(
     if store is not None and (dose := store.columns["dose"]) is not None:
         told_apart = [observed, *([train] if train is not None else []), *predicted.values()]
         keys["perturbation_key"] = _with_doses(told_apart, keys, dose)
+    if store is not None:
+        facts |= of_store(store)
+    if config.training_run is not None:
+        facts |= of_training(Path(config.training_run), store, split)
+    facts["unit"] = config.unit_key or keys["cell_type_key"]
     return Inputs(observed, train, **keys, facts=facts)
 
 

@@ -103,7 +103,18 @@ def examples():
 def test_each_kind_of_collapse_has_its_name(examples, model, verdict):
     """In words, in the report; a mean that is right as well as identical cells included."""
     assert examples.evaluation.collapse[model]["verdict"] == verdict
-    assert f"\n- {model}: {verdict}; spread of the predicted responses" in examples.markdown()
+    summary, rest = (
+        examples.markdown()
+        .split("## Verdict")[1]
+        .split("## Scores")[0]
+        .split(" against the best baseline", 1)
+    )
+    told = next(line for line in summary.splitlines() if f"check of {model}: " in line)
+    assert told.startswith(f"- Mean-collapse check of {model}: {verdict}")
+    assert "; spread of the predicted responses" in told
+    assert "Mean-collapse" not in rest
+    is_alarmed = any(word in told for word in ALARMS)
+    assert is_alarmed == (model != "repeat")
 
 
 def test_the_ratios_are_those_of_the_law(examples):

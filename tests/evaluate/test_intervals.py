@@ -126,7 +126,9 @@ def test_the_report_prints_no_interval_below_three_units(num_lines):
     verdict = text[text.index("## Verdict") : text.index("## Scores")]
     assert "[" not in verdict
     assert "Fewer than 3 contexts: no interval; gain by context: L0 " in verdict
-    words = "One independent unit only" if num_lines == 1 else "2 independent units only"
+    words = (
+        "One independent unit only (L0)" if num_lines == 1 else "2 independent units only (L0, L1)"
+    )
     assert f"{words}, fewer than 3: no interval" in verdict
     assert "beats" not in verdict
 

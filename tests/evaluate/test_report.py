@@ -14,16 +14,19 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from example_evaluation import MODEL_QUALITY, example_evaluation
+from example_evaluation import MODEL_QUALITY, THREE, example_evaluation, three_models
 from small_screen import evaluate, hold_out, screen
 
+from scale.evaluate import page as pages
 from scale.evaluate import tables
 from scale.evaluate.findings import Findings
+from scale.evaluate.notices import banners
+from scale.evaluate.pictures import Picture
 from scale.evaluate.pictures.of_calibration import effect_sizes
-from scale.evaluate.pictures.subject import Subject
+from scale.evaluate.pictures.subject import Piece, Subject
 from scale.evaluate.report import FILES, Report
 from scale.evaluate.scaled import scaled_by_context
-from scale.evaluate.verdict import Comparison, compare, overall, sentence
+from scale.evaluate.verdict import Comparison, against_best_baseline, overall, sentence
 from scale.plot.bars import number
 
 BASELINES = ["control_copy", "perturbation_mean", "context_transfer", "additive"]
@@ -146,7 +149,8 @@ def test_undefined_numbers_are_null_in_json(evaluation, tmp_path):
     broken.loc[broken["metric"] == "mse", ["mean", "low", "high"]] = np.nan
     meta = {"floor": np.float64("nan"), "count": np.int64(3), "array": np.arange(2)}
     small = example_evaluation(num_contexts=1, num_perturbations=1, num_genes=60)
-    Report(_with(small, aggregate=broken, meta=meta)).save(tmp_path)
+    page = Report(_with(small, aggregate=broken, meta=meta)).save(tmp_path)
+    Page(page.read_text())  # a single condition makes a page, too
     assert json.loads((tmp_path / "summary.json").read_text())["model"]["mse"] is None
     written = json.loads((tmp_path / "meta.json").read_text())
     assert (written["floor"], written["count"], written["array"]) == (None, 3, [0, 1])
@@ -159,13 +163,11 @@ def test_a_report_is_never_overwritten_unasked(report, folder):
     assert (folder / "report.html").read_bytes() == before
 
 
-def test_equal_evaluations_make_equal_pages():
-    first, second = (
-        Report(example_evaluation(num_contexts=1, num_perturbations=1, num_genes=60)).html()
-        for _ in range(2)
+def test_equal_evaluations_make_equal_pages(report, folder):
+    again = Report(
+        example_evaluation(), title=report.title, training_metrics=report.training_metrics
     )
-    assert first == second
-    Page(first)  # a single condition makes a page, too
+    assert again.html() == (folder / "report.html").read_text()
 
 
 def test_every_number_of_the_text_stands_in_the_table(folder, evaluation):
@@ -359,7 +361,7 @@ def test_table_lines_up_in_a_terminal(report):
 
 
 def test_gain_is_the_paired_difference_over_units(evaluation):
-    found = compare(evaluation, "model", "pearson_delta", BASELINES)
+    found = against_best_baseline(evaluation, "model", "pearson_delta", BASELINES)
     values = evaluation.scores.query("metric == 'pearson_delta'").pivot_table(
         index=["unit", "perturbation"], columns="method", values="value"
     )
@@ -373,7 +375,7 @@ def test_gain_is_the_paired_difference_over_units(evaluation):
 
 
 def test_gain_has_the_same_sign_where_lower_is_better(evaluation):
-    found = compare(evaluation, "model", "mse", BASELINES)
+    found = against_best_baseline(evaluation, "model", "mse", BASELINES)
     assert found.value < found.baseline_value
     assert found.gain > 0
 
@@ -386,13 +388,16 @@ def test_the_best_baseline_is_taken_in_its_better_form(evaluation):
         scores=pd.concat([evaluation.scores, extra]),
         aggregate=pd.concat([evaluation.aggregate, row]),
     )
-    found = compare(changed, "model", "pearson_delta", BASELINES)
+    found = against_best_baseline(changed, "model", "pearson_delta", BASELINES)
     assert (found.baseline, found.baseline_form, found.outcome) == ("control_copy", "mean", "worse")
 
 
 def test_an_equal_model_is_not_told_apart():
     equal = example_evaluation(quality={**MODEL_QUALITY, "model": 0.6}, seed=3)
-    outcomes = [compare(equal, "model", m, BASELINES).outcome for m in ("pearson_delta", "mse")]
+    outcomes = [
+        against_best_baseline(equal, "model", m, BASELINES).outcome
+        for m in ("pearson_delta", "mse")
+    ]
     assert "better" not in outcomes
 
 
@@ -422,9 +427,166 @@ def test_two_models_each_have_a_verdict_and_a_colour():
     made = Report(both)
     assert made.findings.models == ["first", "model"]
     text = made.markdown()
-    assert "first beats the best baseline on 4 of 4 claim metrics." in text
-    assert "model beats the best baseline on 0 of 4 claim metrics and is beaten on 4." in text
+    claims = "residual correlation, retrieval (L2), energy distance ratio, DE gene overlap"
+    assert f"first beats the best baseline on 4 of 4 claim metrics: {claims}.\n" in text
+    words = f"on 0 of 4 claim metrics. It is beaten on 4: {claims}.\n"
+    assert f"model beats the best baseline {words}" in text
     assert made.subject.colours["first"] != made.subject.colours["model"]
+
+
+# --- several models -----------------------------------------------------------------------------
+
+
+def in_order(text, names=tuple(THREE)):
+    """Whether all names stand in the text, first in this order."""
+    places = [text.find(name) for name in names]
+    return -1 not in places and places == sorted(places)
+
+
+def test_three_models_stand_in_every_figure_and_table_in_one_order():
+    report, html = three_models()
+    page = Page(html)
+    assert report.findings.models == list(THREE)
+    alts = {
+        attributes["alt"] for tag, attributes in page.tags if tag == "img" and attributes["alt"]
+    }
+    assert len(alts) >= 12
+    assert not [alt for alt in alts if not in_order(alt)]
+    for title in ("Verdict", "Scores", "Best and worst conditions"):
+        part = page.text.split("How it was made", 1)[1].split(f" {title} ", 1)[1]
+        assert in_order(part), title
+    assert in_order(report.table())
+    assert "<beta>" not in html
+    assert len(html) < 3_000_000
+
+
+def test_each_model_has_its_own_best_and_worst_conditions():
+    report, html = three_models()
+    part = html[html.index('<section id="conditions">') :]
+    tables = part[: part.index("</section>")].split("<details")[1:]
+    assert len(tables) == 3
+    assert [table.startswith(" open") for table in tables] == [True, False, False]
+    for table, model in zip(tables, THREE, strict=True):
+        _, values = report.subject.ranking(model)
+        rows = re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', table)
+        known = [*values.index[:5], *values.index[-5:]]
+        assert [name for name, _ in rows] == [report.subject.name(c) for c in known]
+        assert [value for _, value in rows] == [number(values[c]) for c in known]
+        examples = report.subject.examples(model)
+        assert (examples["Best"], examples["Worst"]) == (values.index[0], values.index[-1])
+
+
+def test_the_verdict_of_each_model_is_followed_by_its_collapse_check():
+    report, html = three_models()
+    told = {
+        "model_v2": "No collapse; spread",
+        "state <beta>": "SHRUNK (responses to different perturbations differ far less",
+        "flat_model": "COLLAPSED ACROSS PERTURBATIONS (one response for every perturbation",
+    }
+    text = Page(html).text.split(" Verdict ", 2)[2]
+    ends = [f"{model} beats the best baseline" for model in THREE]
+    ends += [banners(report.findings)[0], "Scores"]
+    for model, start, end in zip(told, ends, ends[1:], strict=False):
+        part = text[text.index(start) : text.index(end)]
+        assert f"Mean-collapse check. {told[model]}" in part
+    lines = [line for line in report.markdown().splitlines() if line]
+    for model, words in told.items():
+        place = next(i for i, line in enumerate(lines) if line.startswith(f"{model} beats"))
+        check = f"- Mean-collapse check of {model}: {words}".lower()
+        assert lines[place + 1].lower().startswith(check)
+
+
+def test_models_that_figures_leave_out_are_named_and_stand_in_the_tables():
+    many = {f"m{i}": 0.7 - 0.1 * i for i in range(5)}
+    made = Report(
+        example_evaluation(
+            quality=many | {"additive": 0.5}, num_contexts=3, num_perturbations=3, num_genes=20
+        )
+    )
+    figure = Picture(name="one", title="t", caption="c", alt="a", pieces=(Piece(b"", 1),))
+    facts = {"title": "t", "subtitle": "s", "meta": made.meta}
+    text = Page(pages.build(made.findings, made.subject, [figure], **facts)).text
+    assert "genes and cells show m0, m1, m2; m3, m4 stand in the tables" in text
+    assert text.count("Best and worst conditions of m") == 5
+
+
+# --- where it comes from ------------------------------------------------------------------------
+
+ALWAYS_TOLD = {
+}
+    "profile",
+    "contexts",
+    "control_rule",
+    "control_floor",
+    "undefined",
+    "normalize",
+    "target_sum",
+    "genes_sha256",
+    "split",
+    "split_sha256",
+    "observed_sha256",
+    "predicted_sha256",
+    "train_sha256",
+    "held_out_controls_in_training",
+    "genes_chosen_on",
+    "checkpoint",
+    "training_seed",
+    "prediction_seed",
+    "seed",
+    "versions",
+    "command",
+    "num_conditions",
+]
+
+
+def test_every_fact_is_told_and_what_is_not_known_is_called_so():
+    report = Report(evaluate_screen(), meta={"split": "mine.toml", "checkpoint": {"model": "ab12"}})
+    assert set(report.meta) >= ALWAYS_TOLD
+    unknown = {name for name, value in report.meta.items() if value == "unknown"}
+    assert unknown == {
+        "split_sha256",
+        "part",
+        "held_out_controls_in_training",
+        "genes_chosen_on",
+        "training_seed",
+        "prediction_seed",
+        "target_sum",
+        "command",
+    }
+    part = report.markdown().split("## How it was made")[1]
+    for line in (
+        "protocol: strict",
+        "controls of held-out contexts in training: unknown",
+        "undefined values: left out for every method where the data has no answer",
+        "normalised here: no: the files hold log1p values",
+        "split: mine.toml",
+        "weights, SHA-256: model ab12",
+        f"gene list, SHA-256: {report.meta['genes_sha256']}",
+    ):
+        assert f"- {line}" in part
+    facts = pages.in_words(report.meta)
+    html = Page(
+        pages.build(report.findings, report.subject, [], title="", subtitle="", meta=report.meta)
+    )
+    assert all(f"{name} {value}" in html.text for name, value in facts.items())
+
+
+@pytest.mark.parametrize("num_units", [1, 2, 5])
+def test_a_unit_is_called_by_no_other_name(num_units):
+    """Units may be donors, and hold several contexts: nothing speaks of cell lines then."""
+    made = example_evaluation(num_perturbations=4, num_genes=20)
+    donor = {f"LINE-{letter}": f"donor {i % num_units}" for i, letter in enumerate("ABCDE")}
+    made.scores["unit"] = made.scores["context"].map(donor)
+    made.aggregate["reason"] = ""
+    text = Report(made).markdown()
+    assert "cell line" not in text.lower()
+    unit = "contexts" if num_units == 5 else "independent units"
+    assert f"of {num_units} {unit}" in text
+    if num_units < 3:
+        assert f"Fewer than 3 {unit}: no interval; gain by independent unit: donor 0 " in text
+    if num_units == 1:
+        assert "One independent unit only (donor 0)" in text
+        assert "say nothing about another unit" in text
 
 
 def test_an_evaluation_without_a_model_is_refused():
@@ -434,7 +596,7 @@ def test_an_evaluation_without_a_model_is_refused():
 
 
 def test_many_long_labels_stay_small(tmp_path):
-    many = example_evaluation(num_contexts=6, num_perturbations=40, num_genes=60)
+    many = example_evaluation(num_contexts=3, num_perturbations=40, num_genes=60)
     rename = {f"drug-{i:02d}": f"[('A rather long drug name {i}', 0.5, 'uM')]" for i in range(40)}
     many.scores["perturbation"] = many.scores["perturbation"].map(rename)
     for changes in (many.deltas, many.fold_changes):
@@ -477,8 +639,10 @@ def test_sentences_say_what_the_interval_allows():
     assert "worse than" in sentence(_comparison(gain=-0.1, low=-0.2, high=-0.05))
     assert "the best baseline is level with it" in sentence(_comparison(full_ceiling=0.39))
     assert "level with it" not in sentence(_comparison(ceiling=0.39))
-    assert "1 of 2 claim metrics and is beaten on 1" in overall(
-        "model", [_comparison(), _comparison(gain=-0.1, low=-0.2, high=-0.05)]
+    both = [_comparison(), _comparison(metric="mse", gain=-0.1, low=-0.2, high=-0.05)]
+    assert overall("model", [*both, _comparison(metric="mae", low=-0.01)]) == (
+        "model beats the best baseline on 1 of 3 claim metrics: correlation of change. It is "
+        "beaten on 1: squared error. Not told apart on 1: absolute error."
     )
 
 
@@ -486,7 +650,7 @@ def test_no_claim_stands_where_the_collapse_check_fires(evaluation):
     assert "none of this is a claim" in overall("model", [_comparison()], "CONTROL COPY")
     fired = {"model": {"spread_ratio": 0.01, "verdict": "COLLAPSED ACROSS PERTURBATIONS"}}
     text = Report(_with(evaluation, collapse=fired)).markdown()
-    assert "the collapse check fires (COLLAPSED ACROSS PERTURBATIONS)" in text
+    assert "the mean-collapse check fires (COLLAPSED ACROSS PERTURBATIONS)" in text
 
 
 def test_claim_metrics_are_fixed_beforehand(report):

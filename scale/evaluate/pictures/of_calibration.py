@@ -10,7 +10,7 @@ from scale.evaluate.aggregate import full_depth
 from scale.evaluate.pictures.subject import Picture, Subject, picture_of
 from scale.evaluate.verdict import label_of
 from scale.plot.bars import CEILING, number
-from scale.plot.canvas import new_figure
+from scale.plot.canvas import method_name, new_figure
 from scale.plot.conditions import against_effect, counts, distances, genes, ranks
 
 Floats = npt.NDArray[np.float64]
@@ -44,7 +44,7 @@ def draw_calibration(subject: Subject) -> list[Picture]:
             "line a method calls too many."
         )
         told += [
-            f"{m.replace('_', ' ')} calls {number(float(v.sum()))} significant genes where "
+            f"{method_name(m)} calls {number(float(v.sum()))} significant genes where "
             f"{number(float(observed.sum()))} are observed"
             for m, v in predicted.items()
         ]
@@ -129,7 +129,9 @@ def draw_effect_sizes(subject: Subject) -> list[Picture]:
             "Dashed: √r of the replicate at full depth, about what the true mean would score.",
             "Scatter of "
             + " and ".join(label_of(m).lower() for m in metrics)
-            + " per condition against the size of the observed change.",
+            + " per condition against the size of the observed change, for "
+            + ", ".join(map(method_name, subject.rivals(metrics[0])))
+            + ".",
             figure,
         )
     ]
@@ -186,7 +188,7 @@ def draw_ranks(subject: Subject) -> list[Picture]:
             "are farther from the prediction than the right one; at 1 the right one is the nearest."
         )
         told += [
-            f"{m.replace('_', ' ')} finds the right perturbation at once in {np.mean(v == 1):.0%} "
+            f"{method_name(m)} finds the right perturbation at once in {np.mean(v == 1):.0%} "
             "of the conditions"
             for m, v in found.items()
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 
 from scale.evaluate.pictures.subject import Picture, Subject, picture_of, row_of
 from scale.evaluate.verdict import label_of
-from scale.plot.canvas import CAN_DRAW, Figure, dot, figure_key, new_figure
+from scale.plot.canvas import CAN_DRAW, Axes, Figure, dot, figure_key, new_figure, shorten
 from scale.plot.cells import distribution
 from scale.plot.plane import (
     embedding,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 _FEWEST_CONTROLS = 5
+_FEWEST_CELLS = 20
 
 
 def draw_cells(subject: Subject) -> list[Picture]:
@@ -33,19 +35,14 @@ def draw_cells(subject: Subject) -> list[Picture]:
     cells = subject.evaluation.cells
     if cells is None or cells.n_obs < 3:
         return []
-    role = cells.obs["role"].astype(str)
-    models = [m for m in subject.shown if _drawn(cells, m)]
-    return [
-        *(_draw_planes(subject, cells, model) for model in models),
-        *_draw_distributions(subject, cells, role),
-    ]
+    return [*_draw_planes(subject, cells), *_draw_distributions(subject, cells)]
 
 
 def draw_summary(subject: Subject) -> Figure | None:
     """Return the one figure for a README: scores, cells, and the median condition."""
     if not CAN_DRAW:
         return None
-    examples, cells = subject.examples(), subject.evaluation.cells
+    examples, cells = subject.examples(subject.model), subject.evaluation.cells
     tables = _changes(subject, subject.model)
     if not examples or tables is None or cells is None:
         return None
@@ -76,47 +73,36 @@ def _drawn(cells: AnnData, model: str) -> bool:
     return bool((predicted & (cells.obs["method"].astype(str) == model)).any())
 
 
-def _draw_planes(subject: Subject, cells: AnnData, model: str) -> Picture:
-    """Cells by principal components, then cells and conditions by the responses."""
-    tables = _changes(subject, model)
-    num_panels = 3 if tables is not None else 1
-    figure = new_figure(3.73 * num_panels, 3.9)
-    axes = list(figure.subplots(1, num_panels, squeeze=False)[0])
-    coordinates, shares = principal_components(cells.X)
-    embedding(
-        cells,
-        method=model,
-        coordinates=coordinates,
-        shares=shares,
-        colours=subject.colours,
-        title="Cells: principal components",
-        with_key=False,
-        ax=axes[0],
-    )
-    caption = "A seeded sample of control, observed and predicted cells."
-    if tables is not None:
-        observed_PG, predicted_PG, genes = tables
-        basis_2G, shares_2 = response_directions(observed_PG)
-        first, second = (f"response {i + 1} ({shares_2[i]:.0%} of the change)" for i in range(2))
-        centred, known = _against_control(cells, genes)
+def _draw_planes(subject: Subject, cells: AnnData) -> list[Picture]:
+    """Cells by principal components, then cells and conditions by the responses; a row a model."""
+    models = [m for m in subject.shown if _drawn(cells, m)]
+    if not models:
+        return []
+    changes = {m: _changes(subject, m) for m in models}
+    num_panels = 3 if any(c is not None for c in changes.values()) else 1
+    height = 3.9 if len(models) == 1 else 0.5 + _ROW_HEIGHT * len(models)
+    figure = new_figure(3.73 * num_panels, height)
+    grid = figure.subplots(len(models), num_panels, squeeze=False)
+    plane = principal_components(cells.X)
+    for axes, model in zip(grid, models, strict=True):
+        whose = "" if len(models) == 1 else f"{shorten(model)}\n"
         embedding(
-            cells[known],
+            cells,
             method=model,
-            coordinates=centred[known] @ basis_2G.T,
+            coordinates=plane[0],
+            shares=plane[1],
             colours=subject.colours,
-            names=(first, second),
-            title="Cells: against their control",
+            title=f"{whose}Cells: principal components",
             with_key=False,
-            ax=axes[1],
+            ax=axes[0],
         )
-        response_map(
-            observed_PG @ basis_2G.T,
-            predicted_PG @ basis_2G.T,
-            colour=subject.colours[model],
-            names=(first, second),
-            title="Conditions: mean change",
-            ax=axes[2],
-        )
+        if (tables := changes[model]) is not None:
+            _draw_responses(subject, cells, model, tables, whose, axes[1:])
+        else:
+            for ax in axes[1:]:
+                ax.set_axis_off()
+    caption = "A seeded sample of control, observed and predicted cells."
+    if num_panels > 1:
         caption += (
             " Middle and right: the two directions of gene expression in which the observed "
             "responses are largest, control at the cross. Right: a line joins each condition as "
@@ -124,14 +110,57 @@ def _draw_planes(subject: Subject, cells: AnnData, model: str) -> Picture:
             "points on one spot."
         )
     handles = [dot(subject.colours[name], name, size=6.5) for name in ("control", "observed")]
-    figure_key(figure, [*handles, dot(subject.colours[model], "predicted", size=6.5)])
-    return picture_of(
-        f"cells-{subject.models.index(model)}",
-        f"Cells and conditions in a plane: {model}",
-        caption,
-        f"{cells.n_obs} sampled control, observed and predicted cells of {model} by their first "
-        "two principal components, and cells and conditions along the largest observed responses.",
-        figure,
+    for model in models:
+        name = "predicted" if len(models) == 1 else f"predicted by {model}"
+        handles.append(dot(subject.colours[model], name, size=6.5))
+    figure_key(figure, handles)
+    return [
+        picture_of(
+            "cells",
+            "Cells and conditions in a plane",
+            caption,
+            f"{cells.n_obs} sampled control, observed and predicted cells of {', '.join(models)} "
+            "by their first two principal components, and cells and conditions along the largest "
+            "observed responses.",
+            figure,
+        )
+    ]
+
+
+_ROW_HEIGHT = 2.9
+"""Inches of a row of planes where there are several models."""
+
+
+def _draw_responses(
+    subject: Subject,
+    cells: AnnData,
+    model: str,
+    tables: tuple[Floats, Floats, pd.Index],
+    whose: str,
+    axes: Sequence[Axes],
+) -> None:
+    """Draw cells less their control, and conditions, along the largest observed responses."""
+    observed_PG, predicted_PG, genes = tables
+    basis_2G, shares_2 = response_directions(observed_PG)
+    first, second = (f"response {i + 1} ({shares_2[i]:.0%} of the change)" for i in range(2))
+    centred, known = _against_control(cells, genes)
+    embedding(
+        cells[known],
+        method=model,
+        coordinates=centred[known] @ basis_2G.T,
+        colours=subject.colours,
+        names=(first, second),
+        title=f"{whose}Cells: against their control",
+        with_key=False,
+        ax=axes[0],
+    )
+    response_map(
+        observed_PG @ basis_2G.T,
+        predicted_PG @ basis_2G.T,
+        colour=subject.colours[model],
+        names=(first, second),
+        title=f"{whose}Conditions: mean change",
+        ax=axes[1],
     )
 
 
@@ -168,26 +197,26 @@ def _against_control(cells: AnnData, genes: pd.Index) -> tuple[Floats, npt.NDArr
     return dense, known
 
 
-def _draw_distributions(subject: Subject, cells: AnnData, role: pd.Series) -> list[Picture]:
-    groups = {
-        "control": role == "control",
-        "observed": role == "observed",
-        "predicted": (role == "predicted") & (cells.obs["method"].astype(str) == subject.model),
-    }
-    groups = {name: mask for name, mask in groups.items() if int(mask.sum()) >= 20}
+def _draw_distributions(subject: Subject, cells: AnnData) -> list[Picture]:
+    """Genes that respond most: how control, observed and predicted cells are spread."""
+    role, method = (cells.obs[name].astype(str) for name in ("role", "method"))
+    predicted = {m: (role == "predicted") & (method == m) for m in subject.shown}
+    names = list(predicted) if len(predicted) > 1 else ["predicted"]
+    masks = [role == "control", role == "observed", *predicted.values()]
+    groups = dict(zip(["control", "observed", *names], masks, strict=True))
+    groups = {name: mask for name, mask in groups.items() if int(mask.sum()) >= _FEWEST_CELLS}
     tables = [t for (m, _), t in subject.evaluation.deltas.items() if m == "observed"]
     if len(groups) < 3 or not tables:
         return []
     strength = sum(np.abs(t).mean(axis=0) for t in tables)
     genes = [g for g in strength.sort_values(ascending=False).index if g in cells.var_names][:4]
-    figure = new_figure(11.2, 2.5)
+    figure = new_figure(11.2, 0.7 + 0.6 * len(groups))
     axes = figure.subplots(1, len(genes), squeeze=False)[0]
     colours = {**subject.colours, "predicted": subject.colours[subject.model]}
     for place, (ax, gene) in enumerate(zip(axes, genes, strict=True)):
         values = {name: cells[mask.to_numpy()] for name, mask in groups.items()}
         distribution(values, str(gene), colours=colours, ax=ax)
-        if place:
-            ax.set_yticklabels([])
+        ax.set_yticklabels([] if place else [shorten(name, 16) for name in reversed(groups)])
     return [
         picture_of(
             "distributions",
@@ -196,7 +225,7 @@ def _draw_distributions(subject: Subject, cells: AnnData, role: pd.Series) -> li
             "prediction should have the observed width and share of zeros, not only its mean.",
             "Distributions of "
             + ", ".join(str(g) for g in genes)
-            + " in control, observed and predicted cells.",
+            + f" in the cells of {', '.join(groups)}.",
             figure,
         )
     ]

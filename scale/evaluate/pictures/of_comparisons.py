@@ -11,9 +11,9 @@ from scale.evaluate.aggregate import unit_means
 from scale.evaluate.pictures.subject import Picture, Subject, picture_of
 from scale.evaluate.scaled import scaled_by_context
 from scale.evaluate.statistics import t_interval
-from scale.evaluate.verdict import compare, is_claim, label_of
+from scale.evaluate.verdict import against_best_baseline, is_claim, label_of
 from scale.plot.bars import CEILING, condition_values, number
-from scale.plot.canvas import Axes, Figure, dot, figure_key, new_figure, shorten
+from scale.plot.canvas import Axes, Figure, dot, figure_key, method_name, new_figure, shorten
 from scale.plot.comparison import collapse_plane, gains, overlap_curves, scaled
 from scale.plot.heat import heat
 
@@ -39,7 +39,7 @@ def _scaled_bars(subject: Subject, table: pd.DataFrame, metrics: list[str]) -> l
     rows, told = [], []
     ends = subject.aggregate.drop_duplicates("metric").set_index("metric")["baseline"].to_dict()
     for metric in metrics:
-        label = f"{label_of(metric)}\n0 = {str(ends[metric]).replace('_', ' ')}"
+        label = f"{label_of(metric)}\n0 = {method_name(str(ends[metric]))}"
         for model in subject.shown:
             own = table[(table["metric"] == metric) & (table["method"] == model)]
             if own.empty:
@@ -65,22 +65,25 @@ def _scaled_bars(subject: Subject, table: pd.DataFrame, metrics: list[str]) -> l
 
 def _scaled_heat(subject: Subject, table: pd.DataFrame, metrics: list[str]) -> list[Picture]:
     models = [m for m in subject.shown if (table["method"] == m).any()]
-    figure = new_figure(5.6 * max(2, len(models)), max(2.6, 1.7 + 0.3 * len(subject.contexts)))
-    axes = figure.subplots(1, max(2, len(models)), squeeze=False)[0]
+    num_columns = max(2, len(models))
+    figure = new_figure(11.2, max(2.6, 1.7 + 0.3 * len(subject.contexts)))
+    axes = figure.subplots(1, num_columns, squeeze=False)[0]
     for ax, model in zip(axes, models, strict=False):
         own = table[(table["method"] == model) & table["metric"].isin(metrics)]
         wide = own.pivot_table(index="context", columns="metric", values="scaled")
         wide = wide.reindex(index=subject.contexts, columns=metrics)
-        wide.index = pd.Index([shorten(str(c), 20) for c in wide.index])
+        wide.index = pd.Index([shorten(str(c), 16) for c in wide.index])
         wide.columns = pd.Index([label_of(m) for m in metrics])
-        heat(wide, label="scaled score", limits=(0.0, 1.0), title=model, figure=figure, ax=ax)
+        name = shorten(model, 30)
+        heat(wide, label="scaled score", limits=(0.0, 1.0), title=name, ax=ax)
     for ax in axes[len(models) :]:
         ax.remove()
     return [
         picture_of(
             "scaled-contexts",
             "Scaled scores, context by context",
-            "0 (palest) is the best baseline, 1 (darkest) a repeated experiment.",
+            "0 (palest) is the best baseline, 1 (darkest) a repeated experiment; beyond them the "
+            "colour stays, the number goes on.",
             f"Heat maps of scaled scores, contexts against metrics, for {', '.join(models)}.",
             figure,
         )
@@ -96,12 +99,12 @@ def draw_gains(subject: Subject) -> list[Picture]:
         intervals: dict[str, tuple[float, float, float]] = {}
         title = ""
         for model in subject.shown:
-            c = compare(subject.evaluation, model, metric, subject.baselines)
+            c = against_best_baseline(subject.evaluation, model, metric, subject.baselines)
             if c is None or c.baseline is None or c.gains is None or not c.gains.by_unit:
                 continue
             by_unit[model] = pd.Series(c.gains.by_unit, dtype=np.float64)
             intervals[model] = (c.gain, c.low, c.high)
-            title = f"{label_of(metric)}\nover {c.baseline.replace('_', ' ')}"
+            title = f"{label_of(metric)}\nover {method_name(c.baseline)}"
             told.append(f"{label_of(metric)} of {model} {number(c.gain)} over {c.baseline}")
         if by_unit:
             panels.append((title, by_unit, intervals))
@@ -120,8 +123,8 @@ def draw_gains(subject: Subject) -> list[Picture]:
             "gains",
             "Paired gain over the best baseline, unit by unit",
             "Differences are taken condition by condition and averaged in each unit; right of the "
-            "line the model is better, whichever direction of the metric is good. Diamond and bar: "
-            "mean and interval over units.",
+            "line the model is better, whichever direction of the metric is good. Diamond and bar, "
+            "below: mean and interval over units.",
             "Mean paired gains: " + "; ".join(told) + ".",
             figure,
         )
@@ -148,7 +151,7 @@ def draw_lists(subject: Subject) -> list[Picture]:
         title = f"DE gene {kind} over the length of the list"
         overlap_curves(curves, colours=subject.colours, label=label, title=title, ax=ax)
         told += [
-            f"{kind} of {m.replace('_', ' ')} "
+            f"{kind} of {method_name(m)} "
             + ", ".join(f"{number(float(v))} at {k}" for k, v in curve.items())
             for m, curve in curves.items()
         ]
@@ -205,7 +208,7 @@ def draw_collapse(subject: Subject) -> list[Picture]:
             "observed cells; shaded where a model gives one response, or one cell, for all.",
             "Variance within sets and spread over perturbations, relative to the observed: "
             + "; ".join(
-                f"{m.replace('_', ' ')} {number(x)} and {number(y)}" for m, (x, y) in points.items()
+                f"{method_name(m)} {number(x)} and {number(y)}" for m, (x, y) in points.items()
             )
             + ".",
             figure_of(axes),

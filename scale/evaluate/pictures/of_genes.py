@@ -15,7 +15,7 @@ from scale.evaluate.pictures.subject import (
 )
 from scale.evaluate.verdict import label_of
 from scale.plot.bars import number
-from scale.plot.canvas import dot, figure_key, new_figure
+from scale.plot.canvas import dot, figure_key, method_name, new_figure, shorten
 from scale.plot.cells import delta, effect, pearson
 
 
@@ -54,22 +54,27 @@ def _three_scatters(
     caption: str,
     unit: str,
 ) -> list[Picture]:
+    """One row per model: its best, its median and its worst condition."""
     examples = {
-        rank: condition
-        for rank, condition in subject.examples().items()
-        if all(has_row(tables, m, condition) for m in ("observed", subject.model))
+        model: {
+            rank: condition
+            for rank, condition in subject.examples(model).items()
+            if all(has_row(tables, m, condition) for m in ("observed", model))
+        }
+        for model in subject.shown
     }
+    examples = {model: found for model, found in examples.items() if found}
     if not examples:
         return []
-    models = subject.shown
-    figure = new_figure(3.73 * len(examples), 3.85 * len(models))
-    axes = figure.subplots(len(models), len(examples), squeeze=False)
+    num_columns = max(map(len, examples.values()))
+    height = 3.85 if len(examples) == 1 else _ROW_HEIGHT * len(examples)
+    figure = new_figure(3.73 * num_columns, height)
+    grid = figure.subplots(len(examples), num_columns, squeeze=False)
     told = []
-    for row, model in enumerate(models):
-        for ax, (rank, condition) in zip(axes[row], examples.items(), strict=True):
-            if not has_row(tables, model, condition):
-                ax.set_axis_off()
-                continue
+    for axes, (model, found) in zip(grid, examples.items(), strict=True):
+        for ax in axes[len(found) :]:
+            ax.set_axis_off()
+        for ax, (rank, condition) in zip(axes, found.items(), strict=False):
             observed = row_of(tables, "observed", condition)
             predicted = row_of(tables, model, condition)
             words = f"{rank}: {subject.name(condition)}"
@@ -77,23 +82,32 @@ def _three_scatters(
                 predicted,
                 observed,
                 colour=subject.colours[model],
-                title=words if len(models) == 1 else f"{model}\n{words}",
+                title=words if len(examples) == 1 else f"{shorten(model)}\n{words}",
                 unit=unit,
                 ax=ax,
             )
             finite = np.isfinite(observed.to_numpy()) & np.isfinite(predicted.to_numpy())
             r = pearson(observed.to_numpy()[finite], predicted.to_numpy()[finite])
             told.append(f"{model}, {rank.lower()} {subject.name(condition, 80)}, r = {number(r)}")
-    ranked = subject.ranking()
-    of_whom = "" if len(models) == 1 else f" of {subject.model}"
-    by = "" if ranked is None else f" Conditions are ranked by {label_of(ranked[0]).lower()}"
     alt = f"{title}: {'; '.join(told)}."
-    return [picture_of(name, title, f"{caption}{by}{of_whom}.", alt, figure)]
+    return [picture_of(name, title, f"{caption} {_ranked(subject)}", alt, figure)]
+
+
+_ROW_HEIGHT = 3.1
+"""Inches of a row of scatters where there are several models."""
+
+
+def _ranked(subject: Subject) -> str:
+    """Say by which metric the conditions are ranked."""
+    ranked = subject.ranking(subject.model)
+    whose = "the model" if len(subject.shown) == 1 else "each model"
+    by = "" if ranked is None else f" by {label_of(ranked[0]).lower()}"
+    return f"The best, the median and the worst condition of {whose}{by}."
 
 
 def draw_effects(subject: Subject) -> list[Picture]:
     """Genes that respond most, for the same conditions, with every model and a baseline."""
-    examples = subject.examples()
+    examples = subject.examples(subject.model)
     if not examples:
         return []
     deltas = subject.evaluation.deltas
@@ -101,6 +115,7 @@ def draw_effects(subject: Subject) -> list[Picture]:
     axes = figure.subplots(1, len(examples), squeeze=False)[0]
     best = subject.best_baseline("pearson_delta")
     methods = ["observed", *([best] if best else []), *reversed(subject.shown)]
+    whose = "" if len(subject.shown) == 1 else f" The conditions are those of {subject.model}."
     for ax, (rank, condition) in zip(axes, examples.items(), strict=True):
         effect(
             {m: row_of(deltas, m, condition) for m in methods if has_row(deltas, m, condition)},
@@ -109,15 +124,16 @@ def draw_effects(subject: Subject) -> list[Picture]:
             with_key=False,
             ax=ax,
         )
-    figure_key(figure, [dot(subject.colours[m], m.replace("_", " "), size=6.5) for m in methods])
+    named = ["observed", *subject.shown, *([best] if best else [])]
+    figure_key(figure, [dot(subject.colours[m], method_name(m), size=6.5) for m in named])
     return [
         picture_of(
             "effects",
             "The genes that respond most",
             "Bars: observed change of the sixteen genes that respond most. Dots: what was "
-            "predicted for them.",
+            f"predicted for them.{whose}",
             "Observed change of the most responsive genes beside the predictions of "
-            + ", ".join(m.replace("_", " ") for m in methods[1:])
+            + ", ".join(map(method_name, named[1:]))
             + " for the best, the median and the worst condition.",
             figure,
         )

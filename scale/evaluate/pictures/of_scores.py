@@ -16,7 +16,7 @@ from scale.plot.bars import (
     score_panels,
     strip,
 )
-from scale.plot.canvas import new_figure, shorten
+from scale.plot.canvas import method_name, new_figure, shorten
 from scale.plot.curves import training_panels
 from scale.plot.heat import heat
 
@@ -60,7 +60,7 @@ def draw_scores(subject: Subject) -> list[Picture]:
     told = [
         f"{label_of(m)}: "
         + ", ".join(
-            f"{str(name).replace('_', ' ')} {number(float(mean))}"
+            f"{method_name(str(name))} {number(float(mean))}"
             for name, mean in better_forms(subject.aggregate, m)["mean"].to_dict().items()
         )
         for m in metrics
@@ -103,7 +103,7 @@ def draw_overlap(subject: Subject) -> list[Picture]:
             "Among as many top predicted genes as there are observed significant ones, the share "
             "that is observed too. A line joins the model to the best baseline.",
             "Overlap of significant genes per condition; mean over conditions: "
-            + ", ".join(f"{m.replace('_', ' ')} {v}" for m, v in mean.items())
+            + ", ".join(f"{method_name(m)} {v}" for m, v in mean.items())
             + ".",
             figure_of(axes),
         )
@@ -133,10 +133,15 @@ def draw_strips(subject: Subject) -> list[Picture]:
             "One dot per condition; the line is the median.",
             "Scores of every condition for "
             + ", ".join(label_of(m).lower() for m in metrics)
-            + ", one column of dots per method.",
+            + f", one column of dots per method: {_named(subject, metrics[0])}.",
             figure,
         )
     ]
+
+
+def _named(subject: Subject, metric: str) -> str:
+    """Methods of a metric in the order in which they are drawn."""
+    return ", ".join(map(method_name, subject.methods_of(metric)))
 
 
 def _varies(subject: Subject, metric: str) -> bool:
@@ -158,7 +163,7 @@ def draw_contexts(subject: Subject) -> list[Picture]:
         columns = {}
         for method, form in methods.items():
             values = condition_values(subject.scores, metric, method, form)
-            columns[method.replace("_", " ")] = values.groupby(level=0).mean()
+            columns[method_name(method)] = values.groupby(level=0).mean()
         table = pd.DataFrame(columns).reindex(subject.contexts)
         table.index = pd.Index([shorten(str(c), 20) for c in table.index])
         better = str(subject.aggregate.loc[subject.aggregate["metric"] == metric, "better"].iloc[0])
@@ -177,7 +182,7 @@ def draw_contexts(subject: Subject) -> list[Picture]:
             "Mean over the conditions of a context; darker is better.",
             "Heat maps of contexts against methods for "
             + " and ".join(label_of(m).lower() for m in metrics)
-            + "; the numbers stand in the table of scores.",
+            + f": {_named(subject, metrics[0])}; their means stand in the table of scores.",
             figure,
         )
     ]

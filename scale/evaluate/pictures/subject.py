@@ -70,7 +70,7 @@ class Subject:
 
     @property
     def model(self) -> str:
-        """The first model: the one whose conditions are shown."""
+        """The first model: the one that figures of a single model show."""
         return self.models[0]
 
     @property
@@ -106,23 +106,23 @@ class Subject:
             return pd.Series(dtype=np.float64)
         return condition_values(self.scores, metric, method, form)
 
-    def ranking(self) -> tuple[str, pd.Series] | None:
-        """The metric that ranks conditions, and the model's values, best first."""
+    def ranking(self, model: str) -> tuple[str, pd.Series] | None:
+        """The metric that ranks conditions, and a model's values, best first."""
         for metric in ("residual_pearson", "pearson_delta"):
-            values = self.values(metric, self.model)
+            values = self.values(metric, model)
             if not values.empty:
                 return metric, values.sort_values(ascending=False, kind="stable")
         return None
 
-    def examples(self) -> dict[str, Condition]:
-        """Best, median and worst condition of the model that has a table of changes."""
-        ranked = self.ranking()
+    def examples(self, model: str) -> dict[str, Condition]:
+        """Best, median and worst condition of a model among those with a table of changes."""
+        ranked = self.ranking(model)
         if ranked is None:
             return {}
         known = [
             c
             for c in ranked[1].index
-            if all(has_row(self.evaluation.deltas, m, c) for m in ("observed", self.model))
+            if all(has_row(self.evaluation.deltas, m, c) for m in ("observed", model))
         ]
         if not known:
             return {}
