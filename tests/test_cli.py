@@ -385,6 +385,13 @@ def test_status_of_the_task_is_the_status_of_the_command(capsys):
     assert guard(lambda: 0, "pretrain", None) == 0
 
 
+def test_status_is_told_to_a_launcher_that_does_not_hand_it_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SCALE_STATUS_FILE", str(tmp_path / "status"))
+    assert main(["--version"]) == 0
+    assert main(["pretrian"]) == 1
+    assert (tmp_path / "status").read_text() == "0\n1\n"
+
+
 def test_stop_signal_is_installed_before_torch_and_only_where_a_task_heeds_it():
     code = (
         "import signal, sys\n"

@@ -108,6 +108,10 @@ def test_stop_signal_only_sets_a_flag():
         assert stop.received is None
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.received == "SIGUSR1"
+        # At the end, a launcher's signal to the last ranks changes nothing any more.
+        StopSignal.ignore()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == "SIGUSR1"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

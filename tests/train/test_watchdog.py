@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 from ranks import _CONTEXT
 from training_runs import read_metrics, settings, starts
 
@@ -194,4 +195,13 @@ def test_rank_that_dies_is_noticed_at_once(toy_store_path, tmp_path):
     assert "Traceback" not in said
     (record,) = starts(tmp_path / "run")
     assert record["exit_reason"].startswith("PeerError: rank 0 has lost another rank")
-    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1, 2]
+    first, second = read_metrics(tmp_path / "run")
+    assert [first["step"], second["step"]] == [1, 2]
+    # What the log and the record tell of costs; no MFU without a GPU.
+    assert second["train/save_seconds"] > 0
+    assert second["train/slowest_rank"] in (0, 1)
+    flops_per_rank = second["train/cells_per_second"] * record["flops_per_cell"] / 2
+    assert second["train/tflops_per_second"] == pytest.approx(flops_per_rank / 1e12)
+    assert "train/mfu" not in second
+    assert record["parameters"] > 0
+    assert record["ceiling_tflops_per_second"] is None
