@@ -513,7 +513,6 @@ def test_models_that_figures_leave_out_are_named_and_stand_in_the_tables():
 # --- where it comes from ------------------------------------------------------------------------
 
 ALWAYS_TOLD = {
-}
     "profile",
     "contexts",
     "control_rule",
@@ -536,7 +535,7 @@ ALWAYS_TOLD = {
     "versions",
     "command",
     "num_conditions",
-]
+}
 
 
 def test_every_fact_is_told_and_what_is_not_known_is_called_so():
