@@ -35,25 +35,22 @@ def _no_change(training: Training, context: str, label: str) -> Change:
 
 
 def _perturbation_mean(training: Training, context: str, label: str) -> Change:
-    own = training.of_context(context)
-    if own:
-        return Change.mean(own)
-    if not training.contexts:
+    found = training.mean_changes.get(context, training.mean_change)
+    if found is None:
         raise Unavailable("no training perturbation")
-    return Change.mean([Change.mean(training.of_context(c)) for c in training.contexts])
+    return found
 
 
 def _context_transfer(training: Training, context: str, label: str) -> Change:
-    changes = training.of_label(label)
-    if not changes:
+    if label not in training.of_label:
         raise Unavailable("perturbation not in training")
-    return Change.mean(changes)
+    return Change.mean(list(training.of_label[label].values()))
 
 
 def _context_mean(training: Training, context: str, label: str) -> Change:
-    if not training.of_context(context):
+    if context not in training.of_context:
         raise Unavailable("no training perturbation in this context")
-    return training.context_change(context)
+    return training.mean_cells[context]
 
 
 def _other_perturbation(training: Training, context: str, label: str) -> Change:
@@ -65,21 +62,21 @@ def _other_perturbation(training: Training, context: str, label: str) -> Change:
 
 
 def _additive(training: Training, context: str, label: str) -> Change:
-    if label in training.labels:
+    if label in training.of_label:
         return training.additive(context, label)
     parts = [part.strip() for part in label.split(SEPARATOR)]
-    missing = [part for part in parts if part not in training.labels]
+    missing = [part for part in parts if part not in training.of_label]
     if len(parts) == 1 or missing:
         raise Unavailable(f"perturbation not in training: {', '.join(missing)}")
     singles = [
         training.changes.get((context, part)) or training.additive(context, part) for part in parts
     ]
-    return Change.weighted(singles, [1.0] * len(singles))
+    return Change.weighted(singles, np.ones(len(singles)))
 
 
 def _nearest(training: Training, context: str, label: str) -> Change:
     """Change in the training context whose control profile correlates best with this one's."""
-    known = [c for c, p in training.changes if p == label and c in training.control_mean_G]
+    known = [c for c in training.of_label.get(label, ()) if c in training.control_mean_G]
     if not known:
         raise Unavailable("perturbation not in training")
     own_G = training.control_mean_G[context]
@@ -88,7 +85,7 @@ def _nearest(training: Training, context: str, label: str) -> Change:
 
 
 def _linear(training: Training, context: str, label: str) -> Change:
-    if len(training.contexts) < 2 or label not in training.labels:
+    if len(training.of_context) < 2:
         raise Unavailable("perturbation not in training in another context")
     try:
         return training.linear(context, label)
@@ -177,9 +174,8 @@ def count_shift(
         If there are no counts to shift.
     """
     rows = generator.integers(0, control.values.shape[0], size=num_cells)
-    values = control.values[rows]
     if not change.delta_G.any():
-        return values
+        return control.values[rows]
     fraction_G = control.fraction_G
     if control.counts is None or fraction_G is None:
         raise Unavailable('no layers["counts"] of the control cells in observed')
@@ -189,12 +185,10 @@ def count_shift(
     wanted_G /= wanted_G.sum()
     counts = sp.csr_matrix(control.counts[rows], dtype=np.float64)
     library_S = np.asarray(counts.sum(axis=1)).ravel()
-    scale_S = np.asarray(values.expm1() @ np.ones(values.shape[1]))
     kept_G = np.minimum(1.0, wanted_G / fraction_G)
-    thinned = generator.binomial(np.rint(counts.data).astype(np.int64), kept_G[counts.indices])
-    counts = sp.csr_matrix(
-        (thinned.astype(np.float64), counts.indices, counts.indptr), counts.shape
-    )
+    counts.data = generator.binomial(
+        np.rint(counts.data).astype(np.int64), kept_G[counts.indices]
+    ).astype(np.float64)
     gains = np.flatnonzero(wanted_G > fraction_G)
     added = generator.poisson(library_S[:, None] * (wanted_G - fraction_G)[gains])
     row, column = np.nonzero(added)
@@ -203,5 +197,5 @@ def count_shift(
     )
     counts.eliminate_zeros()
     total_S = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1.0)
-    shifted = sp.csr_matrix(sp.diags(scale_S / total_S) @ counts)
-    return sp.csr_matrix(shifted.log1p(), dtype=np.float32)
+    counts.data *= np.repeat(control.total_N[rows] / total_S, np.diff(counts.indptr))
+    return sp.csr_matrix(counts.log1p(), dtype=np.float32)

@@ -54,10 +54,11 @@ class _Sparse:
             part = order_R[wanted]
             first = self.indptr_N[rows_R[part[0]]]
             last = self.indptr_N[rows_R[part[-1]] + 1]
-            source = _ranges(self.indptr_N[rows_R[part]] - first, length_R[part])
-            target = _ranges(indptr[part], length_R[part])
-            data[target] = self.data_M[first:last][source]
-            indices[target] = self.indices_M[first:last][source]
+            data_M, indices_M = self.data_M[first:last], self.indices_M[first:last]
+            places = (self.indptr_N[rows_R[part]] - first, indptr[part], length_R[part])
+            for source, target, length in zip(*(p.tolist() for p in places), strict=True):
+                data[target : target + length] = data_M[source : source + length]
+                indices[target : target + length] = indices_M[source : source + length]
         shape = (len(rows_R), self.shape[1])
         return sp.csr_matrix((data, indices, indptr.astype(indices.dtype)), shape=shape)
 
@@ -118,12 +119,6 @@ class _Dense:
     def cells_per_read(self) -> int:
         """How many cells are read at a time."""
         return max(1, _READ_VALUES // max(1, self.shape[1]))
-
-
-def _ranges(starts: Rows, lengths: Rows) -> Rows:
-    """Return start, start + 1, .. of every range, one after the other."""
-    offset = np.cumsum(lengths) - lengths
-    return np.asarray(np.repeat(starts - offset, lengths) + np.arange(int(lengths.sum())))
 
 
 class CellMatrix:

@@ -59,8 +59,8 @@ class Context:
         Context, its independent unit, its perturbations in order.
     cells
         Observed cells of each perturbation.
-    controls
-        All observed control cells; ``input_rows`` of them are the input half (all, if shared).
+    controls, inputs
+        All observed control cells, and those that a prediction may start from.
     input_control, observed
         Prepared input control, and the observed side (against the reference half).
     """
@@ -69,21 +69,12 @@ class Context:
     unit: str
     labels: tuple[str, ...]
     cells: tuple[sp.csr_matrix, ...]
-    controls: InputControl
-    input_rows: Rows
+    controls: sp.csr_matrix
+    inputs: InputControl
     input_control: Control
     observed: Side
     facts: Facts
     num_significant_P: npt.NDArray[np.int64]
-
-    @property
-    def inputs(self) -> InputControl:
-        """Control cells that a prediction may start from."""
-        counts = self.controls.counts
-        return InputControl(
-            self.controls.values[self.input_rows],
-            None if counts is None else counts[self.input_rows],
-        )
 
 
 def control_of(cells: sp.csr_matrix, settings: Settings, *names: str) -> Control:
@@ -140,16 +131,16 @@ def make_context(
         What all contexts share.
     """
     control_rows = rows[(name, control)]
-    controls = input_of(observed, control_rows)
     if fold is None:
-        input_rows = reference_rows = np.arange(len(control_rows))
+        inputs = input_of(observed, control_rows)
+        controls = inputs.values
+        input_control = reference = control_of(controls, settings, name, "input")
     else:
-        input_rows = np.flatnonzero(fold[control_rows] == 0)
-        reference_rows = np.flatnonzero(fold[control_rows] == 1)
-    input_control = control_of(controls.values[input_rows], settings, name, "input")
-    reference = input_control
-    if fold is not None:
-        reference = control_of(controls.values[reference_rows], settings, name, "reference")
+        inputs = input_of(observed, control_rows[fold[control_rows] == 0])
+        controls = observed.values[control_rows]
+        input_control = control_of(inputs.values, settings, name, "input")
+        rest = controls[fold[control_rows] == 1]
+        reference = control_of(rest, settings, name, "reference")
     cells = read_conditions(observed, [rows[(name, label)] for label in labels])
     side = observed_side(cells, reference, settings, name, "observed", *labels)
     assert side.cells is not None
@@ -170,7 +161,7 @@ def make_context(
         min_significant=settings.min_significant,
         effects_P=tuple(training.effects(name, label) for label in labels),
         reference_mean_G=training.reference_mean_G(name),
-        reference_delta_G=training.reference_delta_G,
+        reference_delta_G=None if training.mean_change is None else training.mean_change.delta_G,
         control_energy_P=np.array(energy),
         energy_noise=noise[0],
         control_mmd_P=np.array(mmd),
@@ -184,7 +175,7 @@ def make_context(
         labels=tuple(labels),
         cells=cells,
         controls=controls,
-        input_rows=input_rows,
+        inputs=inputs,
         input_control=input_control,
         observed=side,
         facts=facts,
@@ -233,7 +224,7 @@ def halves(context: Context, settings: Settings, split: int) -> tuple[Side, Side
         for part, rows in zip(parts, _split(cells, settings, context, split, label), strict=True):
             part.append(cells[rows])
     sides = []
-    controls = context.controls.values
+    controls = context.controls
     for number, rows in enumerate(_split(controls, settings, context, split, "")):
         place = (context.name, f"half {split} {number}")
         control = control_of(controls[rows], settings, *place)

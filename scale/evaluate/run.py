@@ -209,7 +209,7 @@ class Run:
             own = table.values[rows[(context.name, self.control)]]
             control = control_of(own, self.settings, context.name, "input")
             counts = self._other_controls.setdefault(method, [0, 0])
-            counts[0] += num_other_cells(own, context.controls.values)
+            counts[0] += num_other_cells(own, context.controls)
             counts[1] += own.shape[0]
         cells = read_conditions(table, [rows[(context.name, label)] for label in context.labels])
         self._identical[method] += sum(are_identical(c) for c in cells)

@@ -208,11 +208,10 @@ def _two_way(scores: Scores, predicted: Side, observed: Side, facts: Facts) -> N
     """
     values_P = np.full(len(facts.labels), np.nan)
     reasons_P = np.full(len(facts.labels), f"{DATA}: perturbation not in training", dtype=object)
+    delta_2PG = np.stack([predicted.delta_PG, observed.delta_PG])
     for p, basis_KG in enumerate(facts.effects_P):
         if basis_KG is not None:
-            left_2G = metrics.residual(
-                np.stack([predicted.delta_PG[p], observed.delta_PG[p]]), basis_KG
-            )
+            left_2G = metrics.residual(delta_2PG[:, p], basis_KG)
             values_P[p] = metrics.pearson(left_2G[:1], left_2G[1:])[0]
             reasons_P[p] = f"{PREDICTION}: no more than context and perturbation"
     scores.add("residual_pearson_two_way", values_P, reasons_P)

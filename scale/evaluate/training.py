@@ -42,33 +42,61 @@ class Change:
     @staticmethod
     def mean(changes: Sequence[Change]) -> Change:
         """Return the average of changes."""
-        return Change.weighted(changes, [1.0 / len(changes)] * len(changes))
+        return Change.weighted(changes, np.full(len(changes), 1.0 / len(changes)))
 
     @staticmethod
-    def weighted(changes: Sequence[Change], weights: Sequence[float] | Floats) -> Change:
+    def weighted(changes: Sequence[Change], weight_C: Floats) -> Change:
         """Return a weighted sum of changes."""
-        delta_G = sum(w * c.delta_G for w, c in zip(weights, changes, strict=True))
+        return Change.combined(changes, weight_C[None])[0]
+
+    @staticmethod
+    def combined(changes: Sequence[Change], weight_KC: Floats) -> list[Change]:
+        """Return a weighted sum of changes for each row of weights."""
+        delta_KG = weight_KC @ np.stack([c.delta_G for c in changes])
         fractions = [c.log_fraction_G for c in changes if c.log_fraction_G is not None]
-        log_fraction_G = None
-        if len(fractions) == len(changes):
-            log_fraction_G = sum(w * f for w, f in zip(weights, fractions, strict=True))
-        return Change(np.asarray(delta_G), None if log_fraction_G is None else log_fraction_G)
+        if len(fractions) < len(changes):
+            return [Change(delta_G, None) for delta_G in delta_KG]
+        pairs = zip(delta_KG, weight_KC @ np.stack(fractions), strict=True)
+        return [Change(delta_G, log_fraction_G) for delta_G, log_fraction_G in pairs]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InputControl:
     """Control cells that a prediction may start from."""
 
     values: sp.csr_matrix
     counts: sp.csr_matrix | None
 
-    @property
+    @cached_property
     def fraction_G(self) -> Floats | None:
         """Expression fractions, half a count added to each gene; None without counts."""
         if self.counts is None:
             return None
         total_G = column_sums(self.counts) + 0.5
         return np.asarray(total_G / total_G.sum())
+
+    @cached_property
+    def total_N(self) -> Floats:
+        """Normalised counts of each cell, undone from its log values."""
+        return np.asarray(self.values.expm1() @ np.ones(self.values.shape[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Additive:
+    """Effects of an additive model of the changes."""
+
+    grand: Change
+    by_context: dict[str, Change]
+    by_label: dict[str, Change]
+
+
+@dataclass(frozen=True, slots=True)
+class _Regression:
+    """The change of a perturbation as a linear function of K numbers that are known of it."""
+
+    known: dict[str, Floats]
+    mean: Change
+    slopes: list[Change]
 
 
 class Training:
@@ -92,7 +120,7 @@ class Training:
         self.rows: dict[tuple[str, str], Rows] = {}
         self._train = train
         self._pool: tuple[str, sp.csr_matrix] | None = None
-        self.mean_G: dict[tuple[str, str], Floats] = {}
+        self._regressions: dict[str, _Regression] = {}
         self.control_mean_G = {c: column_means(i.values) for c, i in inputs.items()}
         if train is None:
             return
@@ -125,52 +153,56 @@ class Training:
             # change whatever the depth, where a uniform one would make depth look like an effect.
             smoothed_G = total_G + total_G.size * control_fraction_G
             log_fraction_G = np.log(smoothed_G / smoothed_G.sum() / control_fraction_G)
-        self.mean_G[pair] = mean_G
         self.rows[pair] = rows
         self.changes[pair] = Change(mean_G - control_mean_G, log_fraction_G)
 
     @cached_property
-    def contexts(self) -> list[str]:
-        """Contexts with training perturbations."""
-        return sorted({context for context, _ in self.changes})
+    def of_context(self) -> dict[str, dict[str, Change]]:
+        """Training context -> perturbation -> change."""
+        found: dict[str, dict[str, Change]] = {}
+        for (context, label), change in self.changes.items():
+            found.setdefault(context, {})[label] = change
+        return dict(sorted(found.items()))
 
     @cached_property
-    def labels(self) -> list[str]:
-        """Training perturbations of all contexts."""
-        return sorted({label for _, label in self.changes})
+    def of_label(self) -> dict[str, dict[str, Change]]:
+        """Training perturbation -> context -> change."""
+        found: dict[str, dict[str, Change]] = {}
+        for (context, label), change in self.changes.items():
+            found.setdefault(label, {})[context] = change
+        return dict(sorted(found.items()))
 
-    def of_context(self, context: str) -> list[Change]:
-        """Changes of a context's training perturbations."""
-        return [change for (c, _), change in self.changes.items() if c == context]
+    @cached_property
+    def mean_changes(self) -> dict[str, Change]:
+        """Training context -> mean over its perturbations."""
+        return {c: Change.mean(list(changes.values())) for c, changes in self.of_context.items()}
 
-    def of_label(self, label: str) -> list[Change]:
-        """Changes of a perturbation over the training contexts."""
-        return [change for (_, p), change in self.changes.items() if p == label]
+    @cached_property
+    def mean_change(self) -> Change | None:
+        """Mean over training contexts of their mean change, or None."""
+        return Change.mean(list(self.mean_changes.values())) if self.changes else None
+
+    @cached_property
+    def mean_cells(self) -> dict[str, Change]:
+        """Training context -> mean over its cells, all perturbations together."""
+        found = {}
+        for context, changes in self.of_context.items():
+            size_P = np.array([len(self.rows[context, p]) for p in changes], dtype=np.float64)
+            found[context] = Change.weighted(list(changes.values()), size_P / size_P.sum())
+        return found
 
     def reference_mean_G(self, context: str) -> Floats | None:
         """Mean expression over the context's training perturbations, or None."""
-        means = [mean_G for (c, _), mean_G in self.mean_G.items() if c == context]
-        return np.mean(means, axis=0) if means else None
-
-    @cached_property
-    def reference_delta_G(self) -> Floats | None:
-        """Mean change over training contexts of their mean change, or None."""
-        if not self.contexts:
+        if context not in self.mean_changes:
             return None
-        return np.asarray(np.mean(list(self._context_delta_G.values()), axis=0))
-
-    def context_change(self, context: str) -> Change:
-        """Mean change of the context's training cells, all perturbations together."""
-        pairs = [pair for pair in self.changes if pair[0] == context]
-        sizes = np.array([len(self.rows[pair]) for pair in pairs], dtype=np.float64)
-        return Change.weighted([self.changes[pair] for pair in pairs], sizes / sizes.sum())
+        return self.control_mean_G[context] + self.mean_changes[context].delta_G
 
     def other_label(self, context: str, label: str) -> str | None:
         """Return another training perturbation of the context: random, but the same in every run.
 
         None where there is none.
         """
-        others = sorted(p for c, p in self.changes if c == context and p != label)
+        others = sorted(p for p in self.of_context.get(context, ()) if p != label)
         if not others:
             return None
         draw = derive(0, crc32(context.encode()), crc32(label.encode()))
@@ -208,12 +240,12 @@ class Training:
         are any) and over those of the perturbation, each centred over the genes. None where the
         perturbation is not in training.
         """
-        own = self.of_label(label)
-        if not own:
+        if label not in self.of_label:
             return None
+        own = self.of_label[label].values()
         means = [self._mean_delta_G, np.mean([c.delta_G for c in own], axis=0)]
-        if (mean_G := self._context_delta_G.get(context)) is not None:
-            means.append(mean_G)
+        if context in self.mean_changes:
+            means.append(self.mean_changes[context].delta_G)
         effect_KG = np.stack(means)
         effect_KG -= effect_KG.mean(axis=1, keepdims=True)
         _, singular_K, basis_KG = np.linalg.svd(effect_KG, full_matrices=False)
@@ -224,33 +256,37 @@ class Training:
         return np.asarray(np.mean([c.delta_G for c in self.changes.values()], axis=0))
 
     @cached_property
-    def _context_delta_G(self) -> dict[str, Floats]:
-        return {c: Change.mean(self.of_context(c)).delta_G for c in self.contexts}
-
-    @cached_property
-    def _additive(self) -> tuple[Floats, list[Change]]:
-        """Pseudo-inverse of the additive design, and the changes it multiplies."""
-        pairs = list(self.changes)
-        design = np.zeros((len(pairs), 1 + len(self.contexts) + len(self.labels)))
-        design[:, 0] = 1.0
-        for row, (context, label) in enumerate(pairs):
-            design[row, 1 + self.contexts.index(context)] = 1.0
-            design[row, 1 + len(self.contexts) + self.labels.index(label)] = 1.0
-        inverse = np.asarray(np.linalg.pinv(design), dtype=np.float64)
-        return inverse, [self.changes[pair] for pair in pairs]
+    def _additive(self) -> _Additive:
+        groups = [list(self.changes.values())]
+        for grouped in (self.of_context, self.of_label):
+            groups += [list(changes.values()) for changes in grouped.values()]
+        place = {c: 1 + i for i, c in enumerate(self.of_context)}
+        first = 1 + len(place)
+        place_of_label = {p: first + i for i, p in enumerate(self.of_label)}
+        # Normal equations: entries count the conditions that two effects share.
+        gram_KK = np.diag(np.array([float(len(changes)) for changes in groups]))
+        gram_KK[0, 1:] = gram_KK[1:, 0] = np.diag(gram_KK)[1:]
+        for context, label in self.changes:
+            row, column = place[context], place_of_label[label]
+            gram_KK[row, column] = gram_KK[column, row] = 1.0
+        sums = [Change.weighted(changes, np.ones(len(changes))) for changes in groups]
+        inverse_KK = np.linalg.pinv(gram_KK, rcond=1e-10, hermitian=True)
+        effects = Change.combined(sums, inverse_KK)
+        by_context = dict(zip(self.of_context, effects[1:first], strict=True))
+        return _Additive(
+            effects[0], by_context, dict(zip(self.of_label, effects[first:], strict=True))
+        )
 
     def additive(self, context: str, label: str) -> Change:
-        """Return context effect + perturbation effect - grand mean, by least squares."""
-        inverse, changes = self._additive
-        query = np.zeros(inverse.shape[0])
-        query[0] = 1.0
-        first = 1 + len(self.contexts)
-        if context in self.contexts:
-            query[1 + self.contexts.index(context)] = 1.0
-        else:
-            query[1:first] = 1.0 / len(self.contexts)
-        query[first + self.labels.index(label)] = 1.0
-        return Change.weighted(changes, query @ inverse)
+        """Return grand mean + context effect + perturbation effect, by least squares.
+
+        A context without training perturbations has the mean effect of the others.
+        """
+        effects = self._additive
+        of_context = effects.by_context.get(context)
+        if of_context is None:
+            of_context = Change.mean(list(effects.by_context.values()))
+        return Change.weighted([effects.grand, of_context, effects.by_label[label]], np.ones(3))
 
     def linear(self, context: str, label: str) -> Change:
         """Return a ridge regression on what the perturbation does in the other contexts.
@@ -259,33 +295,41 @@ class Training:
         contexts; a ridge regression (strength .1 of the mean squared embedding) from there to the
         change, reduced to 10 principal components of genes, is solved on the context's own
         training perturbations, or on those of all contexts if it has fewer than 20.
+
+        Raises
+        ------
+        KeyError
+            If no other context has the perturbation.
         """
-        changes = [c for (other, _), c in self.changes.items() if other != context]
-        names = [p for other, p in self.changes if other != context]
-        known = sorted(set(names))
-        if label not in known:
-            raise KeyError(label)
-        profile_PG = np.stack(
-            [
-                np.mean([c.delta_G for c, n in zip(changes, names, strict=True) if n == p], axis=0)
-                for p in known
-            ]
-        )
-        centred_PG = profile_PG - profile_PG.mean(axis=0)
-        left, singular, _ = np.linalg.svd(centred_PG, full_matrices=False)
+        if context not in self._regressions:
+            self._regressions[context] = self._regress(context)
+        found = self._regressions[context]
+        return Change.weighted([found.mean, *found.slopes], np.append(1.0, found.known[label]))
+
+    def _regress(self, context: str) -> _Regression:
+        elsewhere = {
+            label: [change.delta_G for c, change in changes.items() if c != context]
+            for label, changes in self.of_label.items()
+        }
+        profiles = {label: np.mean(found, axis=0) for label, found in elsewhere.items() if found}
+        if not profiles:
+            return _Regression({}, Change(np.zeros(0), None), [])
+        profile_PG = np.stack(list(profiles.values()))
+        left, singular, _ = np.linalg.svd(profile_PG - profile_PG.mean(axis=0), full_matrices=False)
         score_PK = (left * singular)[:, :NUM_COMPONENTS]
-        own = [(c, p) for c, p in self.changes if c == context and p in known]
-        rows = own if len(own) >= MINIMUM_ROWS else [k for k in self.changes if k[1] in known]
-        x_RK = score_PK[[known.index(p) for _, p in rows]]
+        place = {label: p for p, label in enumerate(profiles)}
+        own = [(context, p) for p in self.of_context.get(context, ()) if p in place]
+        rows = own if len(own) >= MINIMUM_ROWS else [k for k in self.changes if k[1] in place]
+        x_RK = score_PK[[place[p] for _, p in rows]]
         centre_K = x_RK.mean(axis=0)
         x_RK = x_RK - centre_K
         penalty = RIDGE * max(float((x_RK**2).sum()) / x_RK.shape[1], 1e-12)
         gram_KK = x_RK.T @ x_RK + penalty * np.eye(x_RK.shape[1])
-        query_K = score_PK[known.index(label)] - centre_K
-        weight_R = x_RK @ np.linalg.solve(gram_KK, query_K)
         chosen = [self.changes[key] for key in rows]
         y_RG = np.stack([c.delta_G for c in chosen])
         axes = np.linalg.svd(y_RG - y_RG.mean(axis=0), full_matrices=False)[0][:, :NUM_COMPONENTS]
-        weight_R = axes @ (axes.T @ weight_R)
+        weight_RK = axes @ (axes.T @ np.linalg.solve(gram_KK, x_RK.T).T)
         # weights act on centred changes: the mean itself has weight 1
-        return Change.weighted(chosen, weight_R - weight_R.mean() + 1.0 / len(rows))
+        slopes = Change.combined(chosen, (weight_RK - weight_RK.mean(axis=0)).T)
+        known = dict(zip(place, score_PK - centre_K, strict=True))
+        return _Regression(known, Change.mean(chosen), slopes)

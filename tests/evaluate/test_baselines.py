@@ -194,7 +194,7 @@ def test_another_perturbation_is_never_the_same_and_not_always_one():
     found = {p: training.other_label("L0", f"d{p}") for p in range(5)}
     assert all(found[p] not in (None, f"d{p}") for p in range(5))
     assert len(set(found.values())) > 1
-    training.changes = {k: v for k, v in training.changes.items() if k[1] == "d1"}
+    training, _ = additive_training([(f"L{c}", f"d{p}") for c in range(3) for p in (0, 2, 3, 4)])
     with pytest.raises(Unavailable, match="no other training perturbation"):
         predict(training, "other_perturbation", "L0", "d1")
     with pytest.raises(Unavailable, match="no training perturbation in this context"):
@@ -370,5 +370,5 @@ def test_labels_in_training_may_be_categories():
         KEYS["control"]
         not in training_of(
             to_anndata(adata.layers["counts"].toarray(), adata.obs["line"], adata.obs["drug"])
-        ).labels
+        ).of_label
     )
