@@ -5,6 +5,9 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 TORCH=${SCALE_TORCH:-torch==2.13.0} # as tested; a machine with its own build names it here
+# Container images often forbid Python to keep what it compiled. Every process would then compile
+# torch and Megatron anew: 18 CPU seconds where 7 are enough.
+unset PYTHONDONTWRITEBYTECODE
 
 say() { printf -- '--- %s\n' "$*"; }
 
