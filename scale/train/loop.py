@@ -144,7 +144,7 @@ def train(
     )
     save_seconds: dict[str, float] = {}
 
-    with watchdog:
+    with watchdog, saver:
         for step in range(first_step + 1, trainer.max_steps + 1):
             lr = learning_rate(
                 step,

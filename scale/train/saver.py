@@ -11,13 +11,14 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from scale.config import CheckpointConfig
 from scale.train.checkpoint import CheckpointWrite
-from scale.train.engine import Engine
+from scale.train.engine import Engine, NonFiniteError
 from scale.train.record import ModelRecord, TrainingState
 from scale.types import CheckpointError, Vocabulary
 
@@ -37,6 +38,9 @@ class _Running:
 
 class CheckpointSaver:
     """Writes the checkpoints of a run; every method is a collective of all ranks.
+
+    As a context manager it completes the save that is under way when training stops because
+    something is not finite, which all ranks notice at the same step.
 
     With ``checkpoint.save_async`` the state is copied to host memory and written by a thread; all
     messages between ranks are sent by the thread that trains, at the same step on each. At most one
@@ -72,6 +76,13 @@ class CheckpointSaver:
         self._running: _Running | None = None
         self._last: Path | None = None
         self._failure: CheckpointError | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, NonFiniteError):
+            self._end_running()
 
     def save(self, state: TrainingState) -> None:
         """Write a checkpoint of the present weights, or begin to.
