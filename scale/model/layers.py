@@ -254,7 +254,7 @@ def spread_over_cells(x: Tensor) -> Tensor:
     if spread.requires_grad:
         # Megatron sums a gradient in place, and loses the sum of one that is not contiguous (as of
         # a condition that a later pipeline stage used).
-        spread.register_hook(lambda gradient: gradient.contiguous())
+        spread.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
     return spread
 
 

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from example_sets import B, G, S, U, batch, build, cells, in_float64, shake, sizes, vocabulary
+from example_sets import B, G, S, U, batch, build, cells, in_float64, shake, sizes, take, vocabulary
 from torch.utils.flop_counter import FlopCounterMode
 
 from scale.config import Head, ModelConfig, ObjectiveConfig, Pairing, Precision, TimeLaw
@@ -19,10 +19,6 @@ BOTH = pytest.mark.parametrize("gene_layers", [0, 1])
 @pytest.fixture(scope="module")
 def model(alone):
     return shake(build()).eval()
-
-
-def take(sets: Batch, rows) -> Batch:
-    return Batch(**{f.name: getattr(sets, f.name)[rows] for f in fields(sets)})
 
 
 # --- prediction -----------------------------------------------------------------------------------

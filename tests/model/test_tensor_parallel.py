@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from example_sets import batch, build, in_float64, shake, sizes
+from layout_runs import describe, whole
 from ranks import RankContext, run_ranks, save_weights
 
 from scale.config import ObjectiveConfig, OptimizerConfig
@@ -48,23 +49,6 @@ def measure(changes: dict, fault: str | None = None) -> dict:
         "sample": model.eval().sample(sets, num_steps=2, guidance=1.5).numpy(),
         "gradients": {n: describe(p, p.main_grad) for n, p in model.named_parameters()},
     }
-
-
-def describe(parameter, values) -> tuple:
-    """Return values with the axis and the number of halves by which they are cut, or None."""
-    cut = getattr(parameter, "tensor_model_parallel", False)
-    axis = (parameter.partition_dim, parameter.partition_stride) if cut else None
-    return values.detach().numpy().copy(), axis
-
-
-def whole(parts: list[tuple]) -> np.ndarray:
-    """Put the shares of all ranks together."""
-    axis = parts[0][1]
-    if axis is None:
-        return parts[0][0]
-    dim, stride = axis
-    halves = [np.split(values, stride, dim) for values, _ in parts]
-    return np.concatenate([np.concatenate(rank, dim) for rank in zip(*halves, strict=True)], dim)
 
 
 def both_cases(context: RankContext, folder: Path) -> dict:

@@ -1,7 +1,7 @@
 """Small models and batches of cell sets for the tests of the model."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def batch(
     *,
     seed: int = 0,
     first_set: int = 0,
+    num_summary_cells: int = U,
     control_lengths: list[int] | None = None,
     treated_lengths: list[int] | None = None,
 ) -> Batch:
@@ -85,8 +86,8 @@ def batch(
     return Batch(
         control_BSG=cells(num_sets, set_size, G, seed=seed) * control_mask_BS[:, :, None],
         control_mask_BS=control_mask_BS,
-        summary_BUG=cells(num_sets, U, G, seed=seed + 1),
-        summary_mask_BU=torch.ones(num_sets, U, dtype=torch.bool),
+        summary_BUG=cells(num_sets, num_summary_cells, G, seed=seed + 1),
+        summary_mask_BU=torch.ones(num_sets, num_summary_cells, dtype=torch.bool),
         treated_BSG=cells(num_sets, set_size, G, seed=seed + 2) * treated_mask_BS[:, :, None],
         treated_mask_BS=treated_mask_BS,
         control_library_BS=torch.ones(num_sets, set_size),
@@ -103,6 +104,10 @@ def batch(
     )
 
 
+def take(sets: Batch, rows: slice) -> Batch:
+    return Batch(**{f.name: getattr(sets, f.name)[rows] for f in fields(sets)})
+
+
 def in_float64(batch: Batch) -> Batch:
     names = ("control_BSG", "summary_BUG", "treated_BSG", "dose_BJ")
     return replace(batch, **{name: getattr(batch, name).double() for name in names})
@@ -114,6 +119,7 @@ def build(
     *,
     seed: int = 3,
     precision: Precision = Precision.fp32,
+    recompute: bool = False,
     with_statistics: bool = True,
 ) -> ScaleModel:
     model = ScaleModel(
@@ -122,6 +128,7 @@ def build(
         vocabulary(),
         seed=seed,
         precision=precision,
+        recompute=recompute,
     )
     if with_statistics:
         basis_GP, _ = torch.linalg.qr(cells(G, 5, seed=8))
