@@ -52,6 +52,7 @@ from scale.train.parallel import (
     on_first_rank,
 )
 from scale.train.record import ModelRecord, read_json
+from scale.train.watchdog import naming_lost_ranks
 from scale.types import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -99,16 +100,17 @@ def run_training(task: str, config: Config, stop: StopSignal, prepare: Prepare) 
     keep_freed_memory()
     layout = parallel.start(config.parallel, world, seed=config.trainer.seed, device=device)
     try:
-        checkpoint = on_first_rank(layout, lambda: _open_run(config, run_dir))
-        if checkpoint is not None and _is_finished(checkpoint, config):
-            on_first_rank(layout, lambda: _export(checkpoint, run_dir))
-            logger.info(
-                "%s is finished (%d steps); a higher trainer.max_steps goes on",
-                run_dir,
-                config.trainer.max_steps,
-            )
-            return 0
-        return _train(task, config, stop, prepare, layout, checkpoint)
+        with naming_lost_ranks(world.rank):
+            checkpoint = on_first_rank(layout, lambda: _open_run(config, run_dir))
+            if checkpoint is not None and _is_finished(checkpoint, config):
+                on_first_rank(layout, lambda: _export(checkpoint, run_dir))
+                logger.info(
+                    "%s is finished (%d steps); a higher trainer.max_steps goes on",
+                    run_dir,
+                    config.trainer.max_steps,
+                )
+                return 0
+            return _train(task, config, stop, prepare, layout, checkpoint)
     finally:
         parallel.stop()
 

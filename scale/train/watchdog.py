@@ -16,7 +16,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -39,6 +40,31 @@ _MARK = "standstill "
 
 class PeerError(ConnectionError):
     """Another rank has ended or does not answer."""
+
+
+@contextmanager
+def naming_lost_ranks(rank: int) -> Iterator[None]:
+    """Turn the error of a collective outside of the steps of a training into a sentence.
+
+    Raises
+    ------
+    PeerError
+        In place of the error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_collective(error):
+            raise
+        raise _lost_rank(rank, error, "outside of the steps") from error
+
+
+def _lost_rank(rank: int, error: BaseException, when: str) -> PeerError:
+    return PeerError(
+        f"rank {rank} has lost another rank, which ended or does not answer "
+        f"({_first_words(error)}), {when}; the log of that rank tells why. The same command goes "
+        "on from the last checkpoint"
+    )
 
 
 class Watchdog:
@@ -85,11 +111,8 @@ class Watchdog:
         with self._ending:  # which is never free again once the watchdog ends the process
             pass
         if error is not None and _is_of_collective(error):
-            raise PeerError(
-                f"rank {self._rank} has lost another rank, which ended or does not answer "
-                f"({_first_words(error)}), after step {self._step:,} while {self._doing}; the log "
-                "of that rank tells why. The same command goes on from the last checkpoint"
-            ) from error
+            when = f"after step {self._step:,} while {self._doing}"
+            raise _lost_rank(self._rank, error, when) from error
 
     def beat(self, step: int, doing: str, *, is_limited: bool = True) -> None:
         """Note what begins now.

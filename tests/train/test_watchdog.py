@@ -15,7 +15,7 @@ from ranks import _CONTEXT
 from training_runs import read_metrics, settings, starts
 
 from scale.train.manifest import newest_checkpoint
-from scale.train.watchdog import Watchdog, _all_places, _Place
+from scale.train.watchdog import PeerError, Watchdog, _all_places, _Place, naming_lost_ranks
 
 TIMEOUT_SECONDS = 12.0
 """Of collectives and watchdog: far above a step of the toy model on a busy machine."""
@@ -105,6 +105,19 @@ def test_many_ranks_are_told_in_groups():
         "rank 5: last step 41, reading the next batch, in f (engine.py:1); "
         "ranks 0-2, 4, 7: last step 41, waiting for the other ranks, in f (engine.py:1)"
     )
+
+
+def test_error_of_a_collective_becomes_a_sentence():
+    found = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:7"
+    with (
+        pytest.raises(
+            PeerError, match=r"rank 3 .* \(Connection closed by peer \[::1\]:7\), outside"
+        ),
+        naming_lost_ranks(3),
+    ):
+        raise RuntimeError(found)
+    with pytest.raises(RuntimeError, match="shapes"), naming_lost_ranks(3):
+        raise RuntimeError("shapes differ")
 
 
 # --- several ranks ------------------------------------------------------------------------------
