@@ -160,7 +160,7 @@ def test_predictions_of_two_target_sums_are_refused(store_run, predicted, tmp_pa
         run(config(tmp_path / "run", **settings))
 
 
-def test_h5ad_files_need_no_store(store, predicted, tmp_path):
+def test_h5ad_files_need_no_store(store, predicted, tmp_path, without_pictures):
     log_normalised(store.to_anndata()).write_h5ad(tmp_path / "observed.h5ad")
     settings = {
         "predicted": str(predicted),
@@ -178,7 +178,7 @@ def test_h5ad_files_need_no_store(store, predicted, tmp_path):
 
 
 def test_one_command_gives_the_pooled_result_and_that_of_each_context(
-    store, predicted, split, tmp_path
+    store, predicted, split, tmp_path, without_pictures
 ):
     """Both files hold counts here: they are normalised on the way."""
     counts = store.to_anndata()

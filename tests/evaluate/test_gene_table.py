@@ -65,7 +65,7 @@ def test_every_column_is_that_of_scipy(made):
         assert (rows["ref_membership"] == 40).all()
 
 
-def test_the_table_is_written_if_asked(made, tmp_path):
+def test_the_table_is_written_if_asked(made, tmp_path, without_pictures):
     adata, evaluation = made
     Report(evaluation).save(tmp_path / "with")
     assert (tmp_path / "with" / "cell_eval" / "L0_real_de.csv").is_file()
