@@ -145,12 +145,15 @@ def read_manifest(checkpoint: Path, *, verify: bool = True) -> dict[str, Any]:
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """Return the newest whole checkpoint of a run, or None; damaged ones are skipped loudly."""
-    for path in reversed(list_checkpoints(run_dir)):
+    listed = list_checkpoints(run_dir)
+    for path in reversed(listed):
         try:
             read_manifest(path)
         except CheckpointError as error:
             logger.warning("%s; trying the one before it", error)
             continue
+        if path != listed[-1]:
+            logger.warning("%s is whole and is taken instead", path)
         return path
     return None
 

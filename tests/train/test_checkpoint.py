@@ -114,6 +114,19 @@ def save_four(context: RankContext, run_dir: str):
             save(engine, Path(run_dir), n + 1, keep_last=3)
 
 
+def flip(file: Path) -> None:
+    """Change one bit."""
+    blob = bytearray(file.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    file.write_bytes(blob)
+
+
+def cut(file: Path) -> None:
+    """Lose the end."""
+    with file.open("r+b") as handle:
+        handle.truncate(file.stat().st_size // 2)
+
+
 def copy_run(source: Path, target: Path) -> Path:
     import shutil
 
@@ -147,18 +160,32 @@ def test_run_directory_is_what_it_says(saved):
             assert str(saved).encode() not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize("name", ["weights/common.pt", "state.json", "weights/__0_0.distcp"])
-def test_damage_is_named_and_the_one_before_is_used(saved, tmp_path, caplog, name):
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("weights/common.pt", flip, "has sha256"),
+        ("state.json", flip, "has sha256"),
+        ("weights/__0_0.distcp", flip, "has sha256"),
+        ("weights/__0_0.distcp", cut, "bytes, expected"),
+        ("weights/__0_0.distcp", Path.unlink, "is missing"),
+        ("weights/.metadata", Path.unlink, "is missing"),
+    ],
+    ids=["flip-common", "flip-state", "flip-shard", "cut-shard", "no-shard", "no-metadata"],
+)
+def test_damage_is_named_and_the_one_before_is_used(saved, tmp_path, caplog, name, harm, message):
+    from scale.train.export import find_weights
+
     run_dir = copy_run(saved, tmp_path / "run")
     newest = run_dir / "checkpoints" / "step_00000004"
-    blob = bytearray((newest / name).read_bytes())
-    blob[len(blob) // 2] ^= 1
-    (newest / name).write_bytes(blob)
-    with pytest.raises(CheckpointError, match=f"damaged: {name} has sha256"):
+    harm(newest / name)
+    with pytest.raises(CheckpointError, match=f"damaged: {name} .*{message}"):
         files.find_checkpoint(newest)
-    with caplog.at_level(logging.WARNING, logger="scale"):
-        assert files.find_checkpoint(run_dir).name == "step_00000003"
-    assert name in caplog.text
+    for find in (files.find_checkpoint, find_weights):  # to train on; to predict and to finetune
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="scale"):
+            assert find(run_dir).name == "step_00000003"
+        assert name in caplog.text
+        assert "step_00000003 is whole and is taken instead" in caplog.text
 
 
 def test_cut_missing_and_unfinished_checkpoints(saved, tmp_path):
@@ -246,9 +273,7 @@ def test_export_is_the_moving_average_in_any_layout(saved, tmp_path):
     assert run_ranks(place_average, 1, tmp_path, 1, str(checkpoint)) == [expected]
     for loss in run_ranks(place_average, 2, tmp_path, 2, str(export)):
         assert loss == pytest.approx(expected, rel=1e-6)
-    blob = bytearray((export / "model.safetensors").read_bytes())
-    blob[-1] ^= 1
-    (export / "model.safetensors").write_bytes(blob)
+    flip(export / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model.safetensors has sha256"):
         read_average(export)
 

@@ -56,7 +56,11 @@ def test_checkpoint_that_does_not_fit(run_dir, toy_store_path, tmp_path):
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "File too large" in done.stderr
+    assert "step_00000002 could not be written: rank 0: " in done.stderr
+    assert "File too large; training goes on, older checkpoints are untouched" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "step_00000004 could not be written: rank 0: " in last
+    assert "the save before it failed too, so training stops" in last
     checkpoints = tmp_path / "run" / "checkpoints"
     assert not list(checkpoints.glob("step_*[0-9]"))
     assert not (checkpoints / "last").exists()

@@ -1,5 +1,6 @@
 """Finetuning: names are appended, what was learned stays, settings that contradict are refused."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ def pretrained(tmp_path_factory, toy_store_path):
     changes = (
         f"data.split={folder / 'first.toml'}",
         "trainer.max_steps=3",
+        "checkpoint.every_steps=2",
         "data.control_fraction=0",
     )
     assert pretrain(folder / "first", toy_store_path, *changes) == 0
@@ -81,6 +83,22 @@ def test_rate_is_a_third_and_frozen_encoder_stays(pretrained, toy_store_path, tm
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert not any(n.startswith("encoder.") for n in changed)
     assert any(n.startswith("readout.") for n in changed)
+
+
+def test_damaged_checkpoint_is_passed_over(pretrained, toy_store_path, tmp_path):
+    start = shutil.copytree(pretrained, tmp_path / "start")
+    shutil.rmtree(start / "export")  # as of a run that was killed
+    (start / "checkpoints" / "step_00000003" / "weights" / ".metadata").unlink()
+    run_dir = tmp_path / "second"
+    split = f"data.split={pretrained.parent / 'second.toml'}"
+    assert finetune(run_dir, start, toy_store_path, split, "optimizer.lr=1e-30") == 0
+    log = (run_dir / "finetune.log").read_text()
+    assert "step_00000003 is damaged: weights/.metadata is missing" in log
+    assert "step_00000002 is whole and is taken instead" in log
+    before = read_average(start / "checkpoints" / "step_00000002")
+    after, name = read_average(run_dir / "export"), "encoder.genes.weight"
+    torch.testing.assert_close(after[name], before[name])
+    assert not torch.equal(before[name], read_average(pretrained / "export")[name])
 
 
 def write_store(path, conditions, genes):

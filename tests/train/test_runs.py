@@ -1,6 +1,7 @@
 """Whole runs: resume after a kill, stop on request, refusals, validation, export."""
 
 import math
+import re
 import signal
 
 import numpy as np
@@ -154,8 +155,10 @@ def test_another_split_of_the_same_name_is_refused(uninterrupted, toy_store_path
         )
 
 
-def test_damaged_checkpoint_is_passed_over(uninterrupted, toy_store_path, tmp_path):
+def test_damaged_checkpoint_is_passed_over(uninterrupted, toy_store_path, tmp_path, caplog):
     import shutil
+
+    from scale.train.checkpoint import load_for_prediction
 
     run_dir = shutil.copytree(uninterrupted, tmp_path / "whole")
     shutil.rmtree(run_dir / "export")
@@ -163,10 +166,18 @@ def test_damaged_checkpoint_is_passed_over(uninterrupted, toy_store_path, tmp_pa
     blob = bytearray(shard.read_bytes())
     blob[len(blob) // 3] ^= 255
     shard.write_bytes(blob)
-    assert pretrain(run_dir, toy_store_path, split_of(uninterrupted)) == 0
+    with caplog.at_level("WARNING", logger="scale"):
+        assert load_for_prediction(run_dir, torch.device("cpu")).step == 8
+    assert "weights/__0_0.distcp has sha256" in caplog.text
+    assert "step_00000008 is whole and is taken instead" in caplog.text
+    # Written beside training, the checkpoints are the same.
+    beside = "checkpoint.save_async=true"
+    assert pretrain(run_dir, toy_store_path, split_of(uninterrupted), beside) == 0
     log = (run_dir / "pretrain.log").read_text()
     assert "weights/__0_0.distcp has sha256" in log
-    assert "resumed from" in log
+    assert re.search("resumed from .*step_00000008", log)
+    assert re.search(r"saved step_00000012 in .* s beside training, which waited .* s", log)
+    assert re.search(r"saved step_00000004 in [0-9.]+ s$", log, flags=re.MULTILINE)
     assert_same_weights(newest_checkpoint(run_dir), newest_checkpoint(uninterrupted))
 
 
@@ -180,13 +191,16 @@ def test_run_stops_itself_after_max_hours(toy_store_path, tmp_path):
 def test_without_validation_conditions_it_says_so_once(toy_store_path, tmp_path):
     stop = StopSignal()
     stop.received = "SIGTERM"
-    assert pretrain(tmp_path / "no_val", toy_store_path, stop=stop) == EXIT_AGAIN
+    beside = "checkpoint.save_async=true"
+    assert pretrain(tmp_path / "no_val", toy_store_path, beside, stop=stop) == EXIT_AGAIN
+    assert newest_checkpoint(tmp_path / "no_val").name == "step_00000001"  # which it waited for
     log = (tmp_path / "no_val" / "pretrain.log").read_text()
     assert log.count("split has no validation conditions: training runs without validation") == 1
     assert "val/pearson_delta" not in read_metrics(tmp_path / "no_val")[-1]
 
 
-def test_divergence_stops_before_the_update(toy_store_path, tmp_path):
+@pytest.mark.parametrize("save_async", ["false", "true"])
+def test_divergence_stops_before_the_update(toy_store_path, tmp_path, save_async):
     run_dir = tmp_path / "wild"
     with pytest.raises(FloatingPointError, match=r"step [2-9] .*stopped before the update"):
         pretrain(
@@ -195,6 +209,7 @@ def test_divergence_stops_before_the_update(toy_store_path, tmp_path):
             "optimizer.lr=1e30",
             "optimizer.warmup_steps=0",
             "checkpoint.every_steps=1",
+            f"checkpoint.save_async={save_async}",
         )
     assert "NonFiniteError" in starts(run_dir)[-1]["exit_reason"]
     assert newest_checkpoint(run_dir).name == "step_00000001"
