@@ -260,6 +260,7 @@ def test_info_tells_what_a_preset_costs(capsys):
     assert f"memory of a rank {gib:.2f} GiB in bf16" in lines
     assert "distributed optimizer over 8 ranks: " in lines
     assert "tensor parallel over 2 ranks: " in lines
+    assert "pipeline stages 2, the fullest: " in lines
 
 
 def test_info_tells_what_a_split_holds_out(capsys):

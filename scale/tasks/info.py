@@ -119,21 +119,26 @@ def _memory(config: ModelConfig, vocabulary: Vocabulary) -> Iterator[tuple[str, 
     """Tell what a rank holds on some layouts of ranks, as numbers of bytes per parameter."""
     from scale.train.accounting import parameters_per_rank, state_bytes
 
-    def told(tensor_size: int, optimizer_ranks: int = 1) -> str:
-        count = parameters_per_rank(config, vocabulary, tensor_size)
+    def told(tensor_size: int = 1, num_stages: int = 1, optimizer_ranks: int = 1) -> str:
+        count = parameters_per_rank(
+            config, vocabulary, tensor_size=tensor_size, num_stages=num_stages
+        )
         sizes = (
             state_bytes(count, precision, optimizer_ranks=optimizer_ranks) / 2**30
             for precision in (Precision.bf16, Precision.fp32)
         )
         return "{:,.2f} GiB in bf16, {:,.2f} GiB in fp32".format(*sizes)
 
-    yield "memory of a rank", f"{told(1)}, and activations"
+    yield "memory of a rank", f"{told()}, and activations"
     yield "", "(weights, gradients, AdamW, moving average; the same on every data parallel rank)"
-    yield "distributed optimizer", f"over 8 ranks: {told(1, 8)}"
+    yield "distributed optimizer", f"over 8 ranks: {told(optimizer_ranks=8)}"
+    shared = (config.num_heads, config.ffn_hidden_size, config.set_size, config.num_summary_cells)
     for size in (2, 4, 8):
-        shared = (config.num_heads, config.ffn_hidden_size, config.set_size)
-        if all(number % size == 0 for number in (*shared, config.num_summary_cells)):
-            yield "tensor parallel", f"over {size} ranks: {told(size)}"
+        if all(number % size == 0 for number in shared):
+            yield "tensor parallel", f"over {size} ranks: {told(tensor_size=size)}"
+    for stages in (2, 4):
+        if stages <= config.num_layers:
+            yield "pipeline stages", f"{stages}, the fullest: {told(num_stages=stages)}"
 
 
 def _empty_vocabulary(num_genes: int) -> Vocabulary:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from scale.config import ModelConfig, Precision
-from scale.model.sizes import count_parameters
+from scale.model.sizes import count_parameters, first_stage_layers
 from scale.types import Vocabulary
 
 _CEILING_SIZE = 8192
@@ -122,14 +122,34 @@ def measure_ceiling(
 # --- memory -------------------------------------------------------------------------------------
 
 
-def parameters_per_rank(config: ModelConfig, vocabulary: Vocabulary, tensor_size: int) -> int:
-    """Return the trained parameters of one of ``tensor_size`` tensor parallel ranks.
+def parameters_per_rank(
+    config: ModelConfig, vocabulary: Vocabulary, *, tensor_size: int = 1, num_stages: int = 1
+) -> int:
+    """Return the trained parameters of the rank that has most of them.
 
-    They share the linear maps of the set blocks; everything else is on each of them.
+    Parameters
+    ----------
+    config, vocabulary
+        Sizes of the model and its names.
+    tensor_size
+        Tensor parallel ranks: they share the linear maps of the set blocks, and each has the rest.
+    num_stages
+        Pipeline stages: the first has encoder and condition, the last the readout.
     """
-    width, ffn = config.hidden_size, config.ffn_hidden_size
-    shared = config.num_layers * (4 * width * width + 3 * width * ffn)
-    return count_parameters(config, vocabulary) - shared + shared // tensor_size
+    width, ffn, genes = config.hidden_size, config.ffn_hidden_size, len(vocabulary.genes)
+    total = count_parameters(config, vocabulary)
+    layer = count_parameters(replace(config, num_layers=2), vocabulary)
+    layer -= count_parameters(replace(config, num_layers=1), vocabulary)
+    outside = total - config.num_layers * layer
+    shared = 4 * width * width + 3 * width * ffn
+    layer -= shared - shared // tensor_size
+    if num_stages == 1:
+        return outside + config.num_layers * layer
+    first = first_stage_layers(config, genes, num_stages)
+    later = (config.num_layers - first) // (num_stages - 1)
+    readout = 2 * width * ffn + (ffn + 1) * genes if config.gene_layers else (width + 1) * genes
+    on_last = readout + width  # with the norm after the last block
+    return max(outside - on_last + first * layer, on_last + later * layer)
 
 
 def state_bytes(num_parameters: int, precision: Precision, *, optimizer_ranks: int = 1) -> float:

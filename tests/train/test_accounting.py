@@ -4,9 +4,13 @@ import pytest
 import torch
 from ranks import run_ranks
 from toy_model import OPTIMIZER, ToyModel, micro_batches
+from training_runs import pretrain, read_metrics, starts
 
 from scale.config import ParallelConfig, Precision, compose
+from scale.model.model import ScaleModel
+from scale.model.sizes import first_stage_layers
 from scale.runtime import World
+from scale.tasks.info import _empty_vocabulary
 from scale.train import parallel
 from scale.train.accounting import Accounting, measure_ceiling, parameters_per_rank, state_bytes
 from scale.train.engine import Engine
@@ -67,21 +71,26 @@ def test_state_bytes_are_those_of_an_engine(tmp_path):
     assert spread < 2 * first[0][0]
 
 
-def test_tensor_parallel_ranks_share_the_maps_of_the_set_blocks():
-    from scale.model.model import ScaleModel
-    from scale.tasks.info import _empty_vocabulary
-
+def test_ranks_hold_their_share_of_the_model():
     names = _empty_vocabulary(50)
-    settings = compose(
-        "pretrain", ["model=tiny", "model.hidden_size=32", "model.num_heads=2"], run_dir="-"
-    )
+    sizes = ("model=tiny", "model.hidden_size=32", "model.num_heads=2", "model.num_layers=5")
+    settings = compose("pretrain", sizes, run_dir="-")
     parallel.start(ParallelConfig(), World(0, 1, 0), seed=0, device=CPU)
     model = ScaleModel(settings.model, settings.objective, names, seed=0)
     parallel.stop()
-    whole = sum(p.numel() for p in model.parameters())
-    assert parameters_per_rank(settings.model, names, 1) == whole
-    shared = sum(p.numel() for n, p in model.named_parameters() if ".linear_" in n and p.ndim == 2)
-    assert whole - parameters_per_rank(settings.model, names, 2) == shared // 2
+    count = {name: p.numel() for name, p in model.named_parameters()}
+    whole = sum(count.values())
+    assert parameters_per_rank(settings.model, names) == whole
+    maps = sum(n for name, n in count.items() if ".linear_" in name and "blocks." in name)
+    shared = parameters_per_rank(settings.model, names, tensor_size=2)
+    assert whole - shared == maps // 2
+    first = first_stage_layers(settings.model, 50, 2)
+    stages = [0, 0]
+    for name, number in count.items():
+        layer = name.partition(".layers.")[2].partition(".")[0]
+        is_late = int(layer) >= first if layer else name.startswith(("readout.", "blocks."))
+        stages[is_late] += number
+    assert parameters_per_rank(settings.model, names, num_stages=2) == max(stages)
 
 
 def test_mfu_is_told_only_where_a_ceiling_was_measured():
@@ -96,3 +105,15 @@ def test_mfu_is_told_only_where_a_ceiling_was_measured():
 def test_ceiling_is_a_rate():
     for precision in Precision:
         assert 0 < measure_ceiling(CPU, precision, size=64) < 1e3
+
+
+@pytest.mark.gpu
+def test_mfu_of_a_run_is_a_share_of_the_measured_ceiling(tmp_path, toy_store_path):
+    changes = ("trainer.device=cuda", "trainer.precision=bf16")
+    assert pretrain(tmp_path / "run", toy_store_path, *changes) == 0
+    (record,) = starts(tmp_path / "run")
+    assert record["ceiling_tflops_per_second"] > 10
+    for metrics in read_metrics(tmp_path / "run"):
+        share = metrics["train/tflops_per_second"] / record["ceiling_tflops_per_second"]
+        assert metrics["train/mfu"] == pytest.approx(share)
+        assert 0 < share < 1
