@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scale.config import OptimizerConfig, Precision
-from scale.train import optim
+from scale.train import megatron_cpu, optim
 from scale.train.megatron_cpu import quiet_import
 from scale.train.parallel import Layout
+from scale.train.replicas import check_replicas
 from scale.types import Batch
 
 with quiet_import():
@@ -30,6 +31,10 @@ with quiet_import():
         finalize_model_grads,
     )
     from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+REPLICA_STEPS = 1000
+"""Steps between two comparisons of the weights that ranks hold copies of."""
 
 
 class LossesLike(Protocol):
@@ -156,6 +161,8 @@ class Engine:
         NonFiniteError
             On every rank, before anything was changed, if a loss or the gradient is not finite on
             any of them.
+        ReplicaError
+            On every rank, if weights differ that should be equal; seen every 1,000 steps.
         """
         began = time.monotonic()
         losses = self.gradients(batches)
@@ -175,6 +182,8 @@ class Engine:
         optim.set_rate(self.optimizer, lr=lr, weight_decay=self._config.weight_decay)
         self.optimizer.step_with_ready_grads()
         self.average.update(step - 1)
+        if step % REPLICA_STEPS == 0 and self.layout.world_size > 1:
+            check_replicas(self.model, step=step)
         means = self._scored(told.losses).mean(dim=0).tolist()
         return StepResult(
             loss=means[0],
@@ -201,7 +210,8 @@ class Engine:
         def forward(
             batch: Iterator[Batch], chunk: nn.Module
         ) -> tuple[Tensor, Callable[..., Any] | None]:
-            result: LossesLike | Tensor = chunk(next(batch))
+            with megatron_cpu.paused():
+                result: LossesLike | Tensor = chunk(next(batch))
             if isinstance(result, Tensor):
                 return result, None
             kept.append(result)
@@ -209,7 +219,6 @@ class Engine:
 
         num_sets, set_size = batches[0].control_mask_BS.shape
         model: Any = self.model
-
         self._schedule(
             forward_step_func=forward,
             data_iterator=iter(batches),

@@ -289,3 +289,11 @@ def idle_share(trainer: TrainerConfig, layout: Layout) -> float:
 def micro_batch_sets(trainer: TrainerConfig, layout: Layout) -> int:
     """Return the sets of one forward pass of a rank."""
     return trainer.sets_per_micro_batch or trainer.sets_per_batch // layout.data_parallel_size
+
+
+def replica_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Return the data parallel and the tensor parallel ranks of this rank."""
+    return (
+        parallel_state.get_data_parallel_group(),
+        parallel_state.get_tensor_model_parallel_group(),
+    )

@@ -1,7 +1,7 @@
 """The whole model: laws of its predictions, its loss, its counts and its state."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from scale.config import Head, ModelConfig, ObjectiveConfig, Pairing, Precision, TimeLaw
 from scale.model.condition import ConditionIds
 from scale.model.sizes import count_parameters, forward_flops_per_cell
-from scale.types import Batch
 
 BOTH = pytest.mark.parametrize("gene_layers", [0, 1])
 

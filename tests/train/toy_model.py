@@ -72,6 +72,9 @@ class ToyModel(MegatronModule):
     def set_input_tensor(self, tensor: Tensor) -> None:
         pass
 
+    def whole_named_parameters(self):
+        return self.named_parameters()
+
     def message_rows(self, set_size: int) -> int:
         return set_size
 
