@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Cells trained on per CPU second, here and in arc-state 0.11.1; on a GPU, MFU of ``model=base``.
 
-scripts/benchmarks/step.py [--quick] [--parts step commands gpu] [--rounds 7] [--steps 150]
+scripts/benchmarks/step.py [--quick] [--parts step commands gpu] [--rounds 7] [--steps 120]
     [--command-rounds 3] [--folder DIR] [--json FILE]
 
 Cell = a treated cell of a set; its control cell comes with it. One thread everywhere.
@@ -61,6 +61,8 @@ THEIRS = {
     "transformer_backbone_kwargs.head_dim": WIDTH // HEADS,
     "transformer_backbone_kwargs.intermediate_size": FFN,
 }
+COMMANDS = {"scale": "pretrain", "arc-state": "state_train"}
+"""The whole commands, as keys name them."""
 STATE, SCALE, OWN_WIDTH, BF16 = "arc-state", "scale", "scale, own width", "scale, bf16"
 
 
@@ -157,8 +159,13 @@ def measure_steps(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
 # --- the whole commands -------------------------------------------------------------------------
 
 
-def measure_commands(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
-    """Return what the whole trainings take; medians over rounds, and what their start costs."""
+def measure_commands(
+    folder: Path, rounds: int, steps: int, short_steps: int | None
+) -> dict[str, Any]:
+    """Return what the whole trainings take, medians over rounds; with a short run, of their start.
+
+    The short run is one more of each side.
+    """
     from step_commands import Cost, make_files, our_command, their_command
 
     files, python = make_files(folder), state_python()
@@ -171,33 +178,36 @@ def measure_commands(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
         )
 
     costs = [both(steps) for _ in range(rounds)]
-    short = both(SHORT_STEPS)
     cells = steps * SETS * SET_SIZE
     result: dict[str, Any] = {"command_steps": steps, "command_cells": cells}
-    whole, each_step = [], []
+    whole = []
     for place, name in enumerate((SCALE, STATE)):
         cpu = statistics.median(pair[place].cpu for pair in costs)
-        per_step = (cpu - short[place].cpu) / (steps - SHORT_STEPS)
         whole.append(cpu)
-        each_step.append(per_step)
-        key = "pretrain" if name == SCALE else "state_train"
         result |= {
-            f"{key}_cpu_seconds": cpu,
-            f"{key}_wall_seconds": statistics.median(pair[place].wall for pair in costs),
-            f"{key}_cells_per_cpu_second": cells / cpu,
-            f"{key}_cpu_ms_per_step": per_step * 1e3,
-            f"{key}_start_cpu_seconds": cpu - steps * per_step,
+            f"{COMMANDS[name]}_cpu_seconds": cpu,
+            f"{COMMANDS[name]}_wall_seconds": statistics.median(p[place].wall for p in costs),
+            f"{COMMANDS[name]}_cells_per_cpu_second": cells / cpu,
+        }
+        print(f"{name:10s} {steps} steps: {cpu:6.1f} CPU s, {cells / cpu:7,.0f} cells/CPU s")
+    result["ratio_pretrain_vs_state"] = whole[1] / whole[0]
+    print(f"the whole command: {whole[1] / whole[0]:.2f} times as many cells per CPU second")
+    if short_steps is None:
+        return result
+    each_step = []
+    for cpu, name, cost in zip(whole, (SCALE, STATE), both(short_steps), strict=True):
+        per_step = (cpu - cost.cpu) / (steps - short_steps)
+        each_step.append(per_step)
+        result |= {
+            f"{COMMANDS[name]}_cpu_ms_per_step": per_step * 1e3,
+            f"{COMMANDS[name]}_start_cpu_seconds": cpu - steps * per_step,
         }
         print(
-            f"{name:10s} {steps} steps: {cpu:6.1f} CPU s, {cells / cpu:7,.0f} cells/CPU s; "
-            f"{per_step * 1e3:.0f} ms a step and {cpu - steps * per_step:.1f} s for start and end"
+            f"{name:10s} {per_step * 1e3:.0f} ms CPU a step, {cpu - steps * per_step:.1f} s for "
+            "start and end"
         )
-    result["ratio_pretrain_vs_state"] = whole[1] / whole[0]
     result["ratio_pretrain_vs_state_without_start"] = each_step[1] / each_step[0]
-    print(
-        f"whole command {result['ratio_pretrain_vs_state']:.2f} times as many cells per CPU "
-        f"second; {result['ratio_pretrain_vs_state_without_start']:.2f} times without the start"
-    )
+    print(f"without start and end: {each_step[1] / each_step[0]:.2f} times")
     return result
 
 
@@ -213,7 +223,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps: does it run at all")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--rounds", type=int, default=7, help="of the step, 4 steps each")
-    parser.add_argument("--steps", type=int, default=150, help="of a whole command")
+    parser.add_argument("--steps", type=int, default=120, help="of a whole command")
     parser.add_argument("--command-rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "benchmarks")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -224,8 +234,11 @@ def main() -> None:
         rounds, steps = (2, 1) if arguments.quick else (arguments.rounds, 4)
         record |= measure_steps(folder, rounds, steps)
     if "commands" in arguments.parts:
-        rounds, steps = (1, 20) if arguments.quick else (arguments.command_rounds, arguments.steps)
-        record |= measure_commands(folder, rounds, steps)
+        rounds, steps = arguments.command_rounds, arguments.steps
+        short: int | None = SHORT_STEPS
+        if arguments.quick:
+            rounds, steps, short = 1, 10, None
+        record |= measure_commands(folder, rounds, steps, short)
     if "gpu" in arguments.parts:
         from step_gpu import measure_gpu
 

@@ -197,7 +197,7 @@ def traced(training: Training, trace: Path, *, is_cuda: bool) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     with profile(activities=activities) as profiler:
         training.steps(1 + WARM_STEPS, TRACED_STEPS)
-    key = "self_cuda_time_total" if is_cuda else "self_cpu_time_total"
+    key = "self_device_time_total" if is_cuda else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60))
     profiler.export_chrome_trace(str(trace))
     print(f"trace: {trace}")
