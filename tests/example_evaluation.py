@@ -58,7 +58,7 @@ def example_evaluation(
             {
                 "context": contexts[:1],
                 "perturbation": ["drug-99 <b>&"],
-                "reason": ["5 observed cells, fewer than min_cells (8)"],
+                "reason": ["5 observed cells, fewer than min_cells (30)"],
             }
         ),
         collapse={

@@ -377,8 +377,11 @@ class ProtocolConfig:
     """Random halvings for the ceiling."""
     max_control_cells: int = 2000
     """Control cells per context used by the gene test and the distances."""
-    min_cells: int = 8
-    """Conditions with fewer observed cells are left out and listed."""
+    min_cells: int = 30
+    """Conditions with fewer observed cells are left out and listed.
+
+    The mean of a few cells is noise. ``protocol=cell_eval`` and ``paper_pooled`` set 2.
+    """
     min_significant: int = 10
     """Significant genes that a condition needs for the metrics of genes (``strict``)."""
     control_split: ControlSplit = ControlSplit.disjoint

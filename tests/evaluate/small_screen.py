@@ -83,7 +83,7 @@ def halved(observed, seed=0):
 def evaluate(predicted, observed, train=None, *, seed=0, unit_key=None, **protocol):
     if not isinstance(predicted, dict):
         predicted = {"model": predicted}
-    protocol = {"baselines": False, "ceiling": False} | protocol
+    protocol = {"baselines": False, "ceiling": False, "min_cells": 8} | protocol
     protocol["profile"] = Profile[protocol.get("profile", "strict")]
     for key, kind in (("control_split", ControlSplit), ("missing", Missing)):
         if key in protocol:

@@ -218,12 +218,20 @@ def test_files_give_the_bytes_of_cells_in_memory(cells, tmp_path, matrix):
         for name, adata in zip(names, (predicted, observed, train), strict=True)
     ]
     found = run_protocol(
-        {"model": paths[0]}, str(paths[1]), train=paths[2], protocol=ProtocolConfig(), **KEYS
+        {"model": paths[0]},
+        str(paths[1]),
+        train=paths[2],
+        protocol=ProtocolConfig(min_cells=8),
+        **KEYS,
     )
     backed = [ad.read_h5ad(path, backed="r") for path in paths]
     try:
         again = run_protocol(
-            {"model": backed[0]}, backed[1], train=backed[2], protocol=ProtocolConfig(), **KEYS
+            {"model": backed[0]},
+            backed[1],
+            train=backed[2],
+            protocol=ProtocolConfig(min_cells=8),
+            **KEYS,
         )
     finally:
         for adata in backed:

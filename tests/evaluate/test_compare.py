@@ -54,7 +54,7 @@ def report_of(predicted, cells, *, seed=0, train=True, **protocol):
         train=cells[0] if train else None,
         seed=seed,
         protocol=ProtocolConfig(
-            **{"baselines": False, "ceiling": False, "num_splits": 2} | protocol
+            **{"baselines": False, "ceiling": False, "min_cells": 8} | protocol
         ),
         **KEYS,
     )

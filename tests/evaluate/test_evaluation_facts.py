@@ -35,6 +35,12 @@ def test_the_command_is_that_of_any_machine(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("rules", "fewest"), [("strict", 30), ("cell_eval", 2)])
+def test_claims_ask_for_more_cells_than_cell_eval(rules, fewest, tmp_path):
+    settings = ["predicted=a.h5ad", "observed=b.h5ad", f"protocol={rules}"]
+    assert compose("evaluate", settings, run_dir=tmp_path).protocol.min_cells == fewest
+
+
 def run_of(folder, split, text, **settings):
     """The files of a training run that are read."""
     folder.mkdir()

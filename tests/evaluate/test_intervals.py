@@ -119,7 +119,7 @@ def test_the_report_prints_no_interval_below_three_units(num_lines):
     train, observed = hold_out(adata, pairs)
     observed = split_controls(observed, **KEYS)
     predicted = observed[:, :].copy()
-    protocol = ProtocolConfig(ceiling=False)
+    protocol = ProtocolConfig(ceiling=False, min_cells=8)
     report = scale.evaluate(predicted, observed, train=train, protocol=protocol, **KEYS)
     text = report.markdown()
     assert report.aggregate[["low", "high"]].isna().all(axis=None)
