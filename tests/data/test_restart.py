@@ -318,18 +318,6 @@ def test_what_happens_in_a_worker_is_told_as_it_is():
 # --- real signals -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def medium_source(tmp_path_factory):
-    path = tmp_path_factory.mktemp("medium") / "cells.h5ad"
-    return write_source(path, num_cells=10_000, num_genes=3_000, num_nonzero=300)
-
-
-@pytest.fixture(scope="module")
-def large_source(tmp_path_factory):
-    path = tmp_path_factory.mktemp("large") / "cells.h5ad"
-    return write_source(path, num_cells=40_000, num_genes=3_000, num_nonzero=300)
-
-
 class Server:
     """A process that has imported everything, and forks a child for each ``prepare``."""
 
@@ -350,8 +338,16 @@ class Server:
         return int(self._process.stdout.readline())
 
     def wait(self):
-        """Return exit status (or minus the signal) and largest memory."""
-        return tuple(map(int, self._process.stdout.readline().split()))
+        """Return exit status (or minus the signal), largest memory and seconds of CPU time."""
+        status, memory, micros = map(int, self._process.stdout.readline().split())
+        return status, memory, 1e-6 * micros
+
+    def prepare(self, source, store):
+        """Do it to the end; return largest memory and seconds of CPU time."""
+        self.start(source, store)
+        status, memory, seconds = self.wait()
+        assert status == 0
+        return memory, seconds
 
     def __enter__(self):
         return self
@@ -362,69 +358,73 @@ class Server:
         self._process.stdout.close()
 
 
+@pytest.fixture(scope="module")
+def server():
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def prepared(server, tmp_path_factory):
+    """Number of cells -> its source, and the store, memory and CPU time of an undisturbed run."""
+    made = {}
+    for num_cells in (10_000, 40_000):
+        folder = tmp_path_factory.mktemp("prepared")
+        source = write_source(
+            folder / "cells.h5ad", num_cells=num_cells, num_genes=3_000, num_nonzero=300
+        )
+        made[num_cells] = source, folder / "store", *server.prepare(source, folder / "store")
+    return made
+
+
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments(medium_source, tmp_path):
+def test_twenty_kills_at_random_moments(server, prepared, tmp_path):
+    """Moments of its CPU time, which does not pass while the machine does something else."""
+    source, undisturbed, _, seconds = prepared[10_000]
+    expected = files_of(undisturbed)
     generator = random.Random(20)
-    with Server() as server:
-        server.start(medium_source, tmp_path / "expected")
-        assert server.wait()[0] == 0  # compiles what is not compiled yet
-        started = time.monotonic()
-        server.start(medium_source, tmp_path / "again")
-        assert server.wait()[0] == 0
-        seconds = time.monotonic() - started
-        expected = files_of(tmp_path / "expected")
-        assert files_of(tmp_path / "again") == expected
-        store, num_killed = tmp_path / "store", 0
-        for _ in range(20):
-            process = server.start(medium_source, store)
-            time.sleep(generator.uniform(0, seconds))
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-            status, _ = server.wait()
-            num_killed += status == -signal.SIGKILL
-            if store.exists():
-                assert files_of(store) == expected
-            else:
-                server.start(medium_source, store)
-                assert server.wait()[0] == 0
-                assert files_of(store) == expected
-            shutil.rmtree(store)
-        assert num_killed >= 15
+    store, num_killed = tmp_path / "store", 0
+    for _ in range(20):
+        moment = generator.uniform(0, seconds)
+        process = server.start(source, store)
+        clock = ~process << 3 | 2  # what clock_getcpuclockid of the C library returns
+        with suppress(OSError):  # it has ended
+            while time.clock_gettime(clock) < moment:
+                time.sleep(0.001)
+            os.kill(process, signal.SIGKILL)
+        status, *_ = server.wait()
+        num_killed += status == -signal.SIGKILL
+        if not store.exists():
+            server.prepare(source, store)
+        assert files_of(store) == expected
+        shutil.rmtree(store)
+    assert num_killed >= 15
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_parent_that_is_killed(large_source, tmp_path):
+def test_workers_end_with_a_parent_that_is_killed(server, prepared, tmp_path):
+    source, undisturbed, *_ = prepared[40_000]
     store = tmp_path / "store"
-    with Server() as server:
-        server.start(large_source, tmp_path / "expected")
-        assert server.wait()[0] == 0
-        process = server.start(large_source, store, 2)
-        until = time.monotonic() + 60
-        children = []
-        while len(children) < 3 and time.monotonic() < until:  # one keeps track of resources
-            time.sleep(0.05)
-            children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-        while not list(tmp_path.glob("store.partial/cells-*")) and time.monotonic() < until:
-            time.sleep(0.05)
-        os.kill(process, signal.SIGKILL)
-        assert server.wait()[0] == -signal.SIGKILL
-        while any(Path(f"/proc/{child}").exists() for child in children):
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        assert not store.exists()
-        server.start(large_source, store)
-        assert server.wait()[0] == 0
-        assert files_of(store) == files_of(tmp_path / "expected")
+    process = server.start(source, store, 2)
+    until = time.monotonic() + 60
+    children = []
+    while len(children) < 3 and time.monotonic() < until:  # one keeps track of resources
+        time.sleep(0.05)
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    while not list(tmp_path.glob("store.partial/cells-*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(process, signal.SIGKILL)
+    assert server.wait()[0] == -signal.SIGKILL
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert not store.exists()
+    server.prepare(source, store)
+    assert files_of(store) == files_of(undisturbed)
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_cells(medium_source, large_source, tmp_path):
-    memory = {}
-    with Server() as server:
-        for path in (medium_source, large_source):
-            server.start(path, tmp_path / path.parent.name)
-            status, memory[path] = server.wait()
-            assert status == 0
-    growth = memory[large_source] - memory[medium_source]
-    assert large_source.stat().st_size > 70_000_000
-    assert growth < 12_000_000, f"{growth:,}"
+def test_memory_does_not_grow_with_the_cells(prepared):
+    (_, _, few, _), (source, _, many, _) = prepared[10_000], prepared[40_000]
+    assert source.stat().st_size > 70_000_000
+    assert many - few < 12_000_000, f"{many - few:,}"
