@@ -212,25 +212,27 @@ def distances(
     """
     if all(gene is None for gene in skip_P):
         return _distances(query_PG, target_QG, metric)
+    query_PG, target_QG = query_PG.copy(), target_QG.copy()
     rows = []
     for query_G, gene in zip(query_PG, skip_P, strict=True):
-        if gene is None:
-            rows.append(_distances(query_G[None], target_QG, metric)[0])
-        else:
-            keep = np.arange(query_G.size) != gene
-            rows.append(_distances(query_G[None, keep], target_QG[:, keep], metric)[0])
+        left_out = [] if gene is None else [gene]
+        kept_Q = target_QG[:, left_out]
+        # a gene that is 0 everywhere adds nothing to any distance
+        query_G[left_out] = target_QG[:, left_out] = 0.0
+        rows.append(_distances(query_G[None], target_QG, metric)[0])
+        target_QG[:, left_out] = kept_Q
     return np.stack(rows)
 
 
 def _distances(query_PG: Floats, target_QG: Floats, metric: Distance) -> Floats:
     if metric == "cosine":
-        return np.asarray(1.0 - _unit(query_PG) @ _unit(target_QG).T)
+        norm_PQ = _norm(query_PG)[:, None] * _norm(target_QG)
+        return np.asarray(1.0 - query_PG @ target_QG.T / np.where(norm_PQ > 0, norm_PQ, 1.0))
     return np.asarray(cdist(query_PG, target_QG, "cityblock" if metric == "l1" else "euclidean"))
 
 
-def _unit(x_PG: Floats) -> Floats:
-    norm_P1 = np.linalg.norm(x_PG, axis=1, keepdims=True)
-    return x_PG / np.where(norm_P1 > 0, norm_P1, 1.0)
+def _norm(x_PG: Floats) -> Floats:
+    return np.asarray(np.sqrt(np.einsum("pg,pg->p", x_PG, x_PG)))
 
 
 def discrimination_score(distance_PP: Floats) -> Floats:
@@ -281,12 +283,15 @@ def overlaps(predicted: GeneTests, observed: GeneTests) -> dict[str, Floats]:
     for p in range(count):
         first = _top(observed.lfc_PG[p], observed_PG[p])
         second = _top(predicted.lfc_PG[p], predicted_PG[p])
+        place_G = np.full(observed_PG.shape[1], observed_PG.shape[1])
+        place_G[second] = np.arange(second.size)
+        # from which length on a gene is in both lists
+        both = np.maximum(np.arange(first.size), place_G[first])
         for kind, limit in (("overlap", first.size), ("precision", second.size)):
             for k in (None, *TOP_K):
                 size = limit if k is None else min(k, limit)
                 if size:
-                    common = np.intersect1d(first[:size], second[:size]).size
-                    found[f"{kind}_at_{k or 'N'}"][p] = common / size
+                    found[f"{kind}_at_{k or 'N'}"][p] = np.count_nonzero(both < size) / size
     return found
 
 
