@@ -295,7 +295,7 @@ _AROUND_LEGEND = 0.06
 def _drawn(figure: Figure, dpi: int) -> Image.Image:
     """Draw a figure once: laying out and measuring it again would take as long as the drawing."""
     figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
+    canvas = cast("Any", FigureCanvasAgg(figure))
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
