@@ -227,7 +227,9 @@ def load_for_prediction(path: Path, device: torch.device) -> LoadedModel:
 
 
 def place_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
-    """Copy whole weights into a model of any layout; each rank takes its share.
+    """Copy whole weights into a model of any layout, of which each rank takes its share.
+
+    A collective of all ranks.
 
     Raises
     ------
@@ -246,6 +248,8 @@ def place_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
                 )
             shard.data.copy_(weight[shard.global_slice()])
             taken.add(shard.key)
-    left = sorted(set(whole) - taken)
+    every: list[set[str]] = [taken] * dist.get_world_size()
+    dist.all_gather_object(every, taken)  # a pipeline stage has some of the weights
+    left = sorted(set(whole).difference(*every))
     if left:
         raise CheckpointError(f"the weights do not fit the model: no place for {', '.join(left)}")
