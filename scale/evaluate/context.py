@@ -219,24 +219,21 @@ def read_conditions(table: CellTable, groups: Sequence[Rows]) -> tuple[sp.csr_ma
 
 def halves(context: Context, settings: Settings, split: int) -> tuple[Side, Side]:
     """Return the two halves of a context's conditions, each against its half of all controls."""
-    parts: list[list[sp.csr_matrix]] = [[], []]
-    for label, cells in zip(context.labels, context.cells, strict=True):
-        for part, rows in zip(parts, _split(cells, settings, context, split, label), strict=True):
-            part.append(cells[rows])
+    named = list(zip(context.labels, context.cells, strict=True))
     sides = []
-    controls = context.controls
-    for number, rows in enumerate(_split(controls, settings, context, split, "")):
-        place = (context.name, f"half {split} {number}")
-        control = control_of(controls[rows], settings, *place)
-        side = observed_side(parts[number], control, settings, *place, *context.labels)
-        sides.append(side)
+    for half in range(2):
+        rows = _half(context.controls, settings, context, split, "", half)
+        place = (context.name, f"half {split} {half}")
+        control = control_of(context.controls[rows], settings, *place)
+        cells = [c[_half(c, settings, context, split, label, half)] for label, c in named]
+        sides.append(observed_side(cells, control, settings, *place, *context.labels))
     return sides[0], sides[1]
 
 
-def _split(
-    cells: sp.csr_matrix, settings: Settings, context: Context, split: int, label: str
-) -> tuple[Rows, Rows]:
-    """Two disjoint halves of floor(n / 2) rows."""
+def _half(
+    cells: sp.csr_matrix, settings: Settings, context: Context, split: int, label: str, half: int
+) -> Rows:
+    """Rows of one of two disjoint halves of floor(n / 2) rows."""
     order = keyed_order(cells.shape[0], settings.seed, "half", context.name, label, str(split))
-    half = cells.shape[0] // 2
-    return np.sort(order[:half]), np.sort(order[half : 2 * half])
+    size = cells.shape[0] // 2
+    return np.sort(order[half * size : (half + 1) * size])

@@ -86,13 +86,14 @@ def add_scaled(
     """
     means = context_means(scores)
     most = table.groupby("metric")["num_conditions"].max().to_dict()
+    is_other = table["method"].isin(list(baselines)) & (
+        (table["method"] != _CONVENTION) | (table["form"] != CELLS)
+    )
+    by_convention_only = table[~is_other]
     best, convention = {}, {}
     for metric in METRICS:
         best[metric] = _scale(metric, best_baseline(table, metric, baselines), means, splits)
-        is_other = table["method"].isin(list(baselines)) & (
-            (table["method"] != _CONVENTION) | (table["form"] != CELLS)
-        )
-        mean = best_baseline(table[~is_other], metric, [_CONVENTION])
+        mean = best_baseline(by_convention_only, metric, [_CONVENTION])
         convention[metric] = _scale(metric, mean, means, splits)
     scaled, reasons, by_convention = [], [], []
     for method, form, metric, count in zip(
