@@ -80,7 +80,6 @@ def sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
         for name, entry in entries.items()
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
-    steps = {float(s["step"]) for s in engine.optimizer.optimizer.state.values()}
     return {
         "model": entries,
         "average": average,
@@ -94,7 +93,7 @@ def sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
             }
             for kind, tensors in _optimizer_tensors(engine).items()
         },
-        "optimizer_steps": max(steps, default=0.0),
+        "optimizer_steps": _num_updates(engine.optimizer.optimizer),
     }
 
 
@@ -129,6 +128,13 @@ def load_state(folder: Path, engine: Engine) -> None:
                 tensor.copy_(loaded["optimizer"][kind][name])
     for state in engine.optimizer.optimizer.state.values():
         state["step"].fill_(loaded["optimizer_steps"])
+
+
+def _num_updates(adamw: torch.optim.Optimizer) -> float:
+    """Return the updates so far: torch counts per weight, Transformer Engine per group."""
+    counts = [float(state["step"]) for state in adamw.state.values() if "step" in state]
+    counts += [float(group["step"]) for group in adamw.param_groups if "step" in group]
+    return max(counts, default=0.0)
 
 
 def _optimizer_tensors(engine: Engine) -> dict[str, dict[str, Tensor]]:
@@ -193,7 +199,7 @@ def _load_spread(engine: Engine, loaded: Mapping[str, Any]) -> None:
     optimizer: Any = engine.optimizer
     state = optimizer.state_dict()
     for group in state["optimizer"]["param_groups"]:
-        group["step"] = loaded["optimizer_steps"]
+        group["step"] = int(loaded["optimizer_steps"])
     optim.load_spread_state(
         engine.optimizer,
         {

@@ -87,7 +87,7 @@ def live_and_die(life: int, run_dir: Path, store: Path, log: Path, draw: random.
         assert logged - first_step <= (2 * EVERY if is_beside(life - 1) else EVERY)
         if life % 2:
             wait_until(lambda: is_saving(run_dir, born), ranks, log)
-            time.sleep(draw.uniform(0.0, 0.01))
+            time.sleep(draw.uniform(0.0, 0.005))
         else:
             target = first_step + draw.randint(1, 2 * EVERY)
             wait_until(
@@ -107,7 +107,7 @@ def test_killed_run_loses_one_interval_at_most_and_ends_with_the_same_bits(
         live_and_die(life, run_dir, toy_store_path, tmp_path / f"life{life}", draw)
         kills_in_saves += any((run_dir / "checkpoints").glob("*.partial"))
     assert last_logged(run_dir) < STEPS
-    assert kills_in_saves >= KILLS // 5
+    assert kills_in_saves >= 3
     whole = tmp_path / "whole"
     for folder in (run_dir, whole):
         log = tmp_path / f"{folder.name}-log"
