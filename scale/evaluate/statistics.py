@@ -3,8 +3,9 @@
 The gene test is the two-sided Mann-Whitney U test of a condition's cells against control cells,
 gene by gene, on the stored values. Only values that are not 0 are touched: those of the control and
 of many conditions are sorted together, gene by gene, and counted in one pass; zeros are counted
-from what is left. No kernel is compiled: sorting whole numbers that hold value and condition is as
-fast as bisection in compiled code was, and needs neither its 60 MB nor its start.
+from what is left. Sorting whole numbers that hold value and condition takes .28 CPU seconds for 50
+conditions of 100 cells and 1,000 control cells (4.8 million values), bisection in compiled code
+.37, and 60 MB and most of a second to load.
 
 Shapes: P = conditions, S = sets of cells (the control, then the conditions), G = genes,
 N = cells, M = stored values, R = runs of equal values of one set.
@@ -123,33 +124,32 @@ class _Counts:
     ties_GS: Floats
 
 
-def _count(
-    data_M: Floats32, set_M: npt.NDArray[np.uint64], start_G1: Integers, num: int
-) -> _Counts:
+def _is_new(keys: Words, start_G1: Integers) -> npt.NDArray[np.bool_]:
+    """Return whether a key is another than the one before it in its gene; one more for the end."""
+    is_new = np.ones(keys.size + 1, dtype=bool)
+    np.not_equal(keys[1:], keys[:-1], out=is_new[1:-1])
+    is_new[start_G1] = True
+    return is_new
+
+
+def _count(data_M: Floats32, set_M: Words, start_G1: Integers, num: int) -> _Counts:
     """Count the values of some genes, which stand one gene after the other, among ``num`` sets."""
     # Positive floats are in the order of their bits: equal values come together, the control first.
     bits = np.uint64(num.bit_length())
     key_M = (data_M.view(np.uint32).astype(np.uint64) << bits) | set_M
     for first, last in pairwise(start_G1.tolist()):
         key_M[first:last].sort()
-    is_new = np.ones(key_M.size + 1, dtype=bool)
-    np.not_equal(key_M[1:], key_M[:-1], out=is_new[1:-1])
-    is_new[start_G1] = True
-    start_R1 = np.flatnonzero(is_new)
+    start_R1 = np.flatnonzero(_is_new(key_M, start_G1))
     count_R = np.diff(start_R1)
     key_R = key_M[start_R1[:-1]]
     start_G1 = np.searchsorted(start_R1, start_G1)
     gene_R = np.repeat(np.arange(start_G1.size - 1), np.diff(start_G1))
     set_R = (key_R & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
-    value_R = key_R >> bits
-    is_new = np.ones(key_R.size + 1, dtype=bool)
-    np.not_equal(value_R[1:], value_R[:-1], out=is_new[1:-1])
-    is_new[start_G1] = True
     is_control_R = set_R == 0
     # Counts of control values go on from gene to gene; those of the genes before are taken off.
     not_above_R = np.cumsum(count_R * is_control_R)
     before_R = np.concatenate([[0], not_above_R])[:-1]
-    below_R = np.maximum.accumulate(before_R * is_new[:-1])
+    below_R = np.maximum.accumulate(before_R * _is_new(key_R >> bits, start_G1)[:-1])
     equal_R = np.where(is_control_R, 0, not_above_R - below_R)
     shape = (start_G1.size - 1, num)
     place_R = gene_R * num + set_R

@@ -73,7 +73,7 @@ def check_values(table: CellTable, rows: Rows, *, target_sum: float | None) -> C
         stored += data.size
         arrays = (np.diff(raw.indptr).astype(np.int64), raw.indices.astype(np.int64), data)
         for digest, array in zip(digests, arrays, strict=True):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array).data)
         if highest < _HIGHEST_LOG or target_sum is not None:
             total_N[part] = _totals(table.values.normalised(raw))
     if stored == 0:

@@ -8,7 +8,7 @@ sides get the same two h5ad files (negative-binomial counts, log1p of counts per
 thread, a fresh process per run, and take turns. Counted is what comes after the imports and the
 reading: both gene tests and all metrics of cell-eval's profile ``full`` without pearson_edistance
 and clustering_agreement, which are not computed here (ours includes the metrics that cell-eval does
-not have). The first round of each side is printed apart: it may compile kernels. cell-eval runs in
+not have). The first round of each side is printed apart: cell-eval may compile kernels. It runs in
 the environment that scripts/cell_eval_environment makes. Every metric of every perturbation is
 compared in every round.
 
