@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from ranks import RankContext, run_ranks
 from torch import nn
 
 from scale.train.optim import MovingAverage, decayed_parameters, learning_rate
@@ -73,3 +75,53 @@ def test_applied_average_leaves_the_bits_of_the_weights():
         assert torch.equal(model.weight, before)
     assert torch.equal(model.weight, own)
     assert average.weights["weight"].dtype is torch.float32
+
+
+def three_updates(context: RankContext):
+    """Weights before, the gradients of three steps, weights and average after."""
+    from toy_model import OPTIMIZER, ToyModel, micro_batches
+
+    from scale.train.engine import Engine
+
+    def values(tensors):
+        return {name: tensor.detach().double().numpy().copy() for name, tensor in tensors}
+
+    with context.layout() as layout:
+        model = ToyModel(tensor_size=1)
+        engine = Engine(model, layout, OPTIMIZER, lr=1e-2)
+        before, gradients = values(model.named_parameters()), []
+        for n in range(3):
+            sets = micro_batches(n, sets_per_batch=2, sets_per_micro_batch=2, rank=0, size=1)
+            engine.gradients(sets)
+            gradients.append(values((k, p.main_grad) for k, p in model.named_parameters()))
+            engine.step(sets, step=n + 1, lr=1e-2 / (n + 1))
+        after, average = values(model.named_parameters()), values(engine.average.weights.items())
+        return OPTIMIZER, decayed_parameters(model), before, gradients, after, average
+
+
+def test_an_update_is_adamw_on_clipped_gradients(tmp_path):
+    told = run_ranks(three_updates, 1, tmp_path)[0]
+    settings, decayed, weights, gradients, after, average = told
+    first, second = settings.betas
+    expected_average = dict(weights)
+    moments = dict.fromkeys(weights, (0.0, 0.0))
+    for n, gradient in enumerate(gradients):
+        rate = 1e-2 / (n + 1)
+        norm = math.sqrt(sum((g**2).sum() for g in gradient.values()))
+        clip = min(1.0, settings.clip_norm / norm)
+        for name, g in gradient.items():
+            m = first * moments[name][0] + (1 - first) * clip * g
+            v = second * moments[name][1] + (1 - second) * (clip * g) ** 2
+            moments[name] = m, v
+            shrunk = weights[name]
+            if name in decayed:
+                shrunk = shrunk * (1 - rate * settings.weight_decay)
+            change = m / (1 - first ** (n + 1)) / (np.sqrt(v / (1 - second ** (n + 1))) + 1e-8)
+            weights[name] = shrunk - rate * change
+            beta = min(settings.ema_decay, (1 + n) / (10 + n))
+            expected_average[name] = beta * expected_average[name] + (1 - beta) * weights[name]
+    assert 0 < len(decayed) < len(weights)
+    for name, weight in weights.items():
+        # fp32 against float64; a step moves a weight by about 1e-2
+        np.testing.assert_allclose(after[name], weight, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(average[name], expected_average[name], atol=2e-6, err_msg=name)
