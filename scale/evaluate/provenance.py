@@ -117,7 +117,7 @@ def of_predictions(predicted: Mapping[str, AnnData | Path | str]) -> dict[str, A
         "checkpoint": {m: str(w.get("weights_sha256", UNKNOWN)) for m, w in written.items()},
         "prediction_seed": {m: str(w.get("seed", UNKNOWN)) for m, w in written.items()},
         "predictor": {
-            m: f"version {w['version']}, {w['num_steps']} steps, guidance {w['guidance']}"
+            m: f"version {w['version']}, steps {w['num_steps']}, guidance {w['guidance']}"
             if {"version", "num_steps", "guidance"} <= set(w)
             else UNKNOWN
             for m, w in written.items()

@@ -287,11 +287,17 @@ def overall(model: str, comparisons: Sequence[Comparison], collapse: str = "") -
     if not claims:
         return f"{model}: no baseline was scored on a claim metric, so nothing can be claimed."
     total = f"{len(claims)} claim metric{'s' if len(claims) != 1 else ''}"
+    fired = ""
+    if any(word in collapse for word in _COLLAPSES):
+        fired = f" The mean-collapse check fires ({collapse}), so none of this is a claim."
     if max(c.num_units for c in claims) < MINIMUM_UNITS:
-        ahead = [c for c in claims if c.gain > 0]
+        ahead, behind = [c for c in claims if c.gain > 0], [c for c in claims if c.gain < 0]
+        text = f"{model} is ahead of the best baseline on {len(ahead)} of {total}{_listed(ahead)}"
+        if behind:
+            text += f"; behind it on {len(behind)}{_listed(behind)}"
         return (
-            f"{model} is ahead of the best baseline on {len(ahead)} of {total}{_listed(ahead)}; "
-            f"with fewer than {MINIMUM_UNITS} independent units none of this is established."
+            f"{text}. With fewer than {MINIMUM_UNITS} independent units none of this is "
+            f"established.{fired}"
         )
     better, worse, level = ([c for c in claims if c.outcome == o] for o in _OUTCOMES)
     text = f"{model} beats the best baseline on {len(better)} of {total}{_listed(better)}."
@@ -299,9 +305,7 @@ def overall(model: str, comparisons: Sequence[Comparison], collapse: str = "") -
         text += f" It is beaten on {len(worse)}{_listed(worse)}."
     if level:
         text += f" Not told apart on {len(level)}{_listed(level)}."
-    if any(word in collapse for word in _COLLAPSES):
-        text += f" But the mean-collapse check fires ({collapse}), so none of this is a claim."
-    return text
+    return text + fired
 
 
 _OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "open")

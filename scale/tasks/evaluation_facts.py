@@ -49,8 +49,7 @@ def command(config: EvaluateConfig) -> str:
 def _name(paths: Any) -> str:
     """Return the last part of a path, of METHOD=PATH, or of each of a list."""
     if isinstance(paths, list):
-        names = [_name(path) for path in paths]
-        return names[0] if len(names) == 1 else f"[{','.join(names)}]"
+        return f"[{','.join(map(_name, paths))}]"
     method, sign, path = str(paths).rpartition("=")
     return f"{method}{sign}{Path(path).name}"
 
@@ -79,7 +78,13 @@ def of_training(run_dir: Path, store: CellSetStore | None, split: Split | None) 
         return {}
     start = json.loads((run_dir / "run.json").read_text())["starts"][-1]
     facts: dict[str, Any] = {"training_run": run_dir.name, "training_seed": start["seed"]}
-    if store is None or split is None or start.get("split_sha256") != split.sha256:
+    own = run_dir / "split.toml"
+    if (
+        store is None
+        or split is None
+        or not own.is_file()
+        or Split.read(own).sha256 != split.sha256
+    ):
         return facts
     settings = from_yaml(run_dir / "config.yaml", SCHEMAS[start["task"]])
     rule: HeldoutControls = settings.data.heldout_controls

@@ -6,11 +6,14 @@ import shutil
 import anndata as ad
 import numpy as np
 import pytest
+from report_page import Page, evaluate_screen
 
 from scale.config import EvaluateConfig, Profile, ProtocolConfig, compose, to_yaml
 from scale.data.split import Split, write_few_shot
 from scale.data.store import CellSetStore
+from scale.evaluate import page as pages
 from scale.evaluate.provenance import in_words, of_predictions, provenance
+from scale.evaluate.report import Report
 from scale.tasks.evaluation_facts import command, of_store, of_training
 
 
@@ -41,12 +44,13 @@ def test_claims_ask_for_more_cells_than_cell_eval(rules, fewest, tmp_path):
     assert compose("evaluate", settings, run_dir=tmp_path).protocol.min_cells == fewest
 
 
-def run_of(folder, split, text, **settings):
+def run_of(folder, split, **settings):
     """The files of a training run that are read."""
     folder.mkdir()
+    shutil.copyfile(split, folder / "split.toml")
     overrides = [f"data.split={split}", *(f"{key}={value}" for key, value in settings.items())]
     (folder / "config.yaml").write_text(to_yaml(compose("pretrain", overrides, run_dir=folder)))
-    start = {"task": "pretrain", "seed": 7, "split_sha256": text}
+    start = {"task": "pretrain", "seed": 7}
     (folder / "run.json").write_text(json.dumps({"starts": [start]}))
     return folder
 
@@ -66,7 +70,7 @@ def test_controls_of_held_out_contexts_are_told_by_the_run(store, tmp_path):
         (zero, "excluded", "no"),
     ):
         split = Split.read(file)
-        run = run_of(tmp_path / "run", file, split.sha256, **{"data.heldout_controls": rule})
+        run = run_of(tmp_path / "run", file, **{"data.heldout_controls": rule})
         found = of_training(run, store, split)
         assert found["held_out_controls_in_training"] == told, (file.name, rule)
         assert found["training_seed"] == 7
@@ -98,5 +102,63 @@ def test_predictions_tell_the_weights_they_come_from(tmp_path):
     assert found["checkpoint"] == {"mine": "ab12", "again": "ab12", "other": "unknown"}
     assert found["prediction_seed"]["mine"] == "5"
     words = in_words(provenance({"profile": "strict"}, found))
-    assert words["sampling"].startswith("mine version 1.0, 16 steps, guidance 1.5; again ")
+    assert words["sampling"].startswith("mine version 1.0, steps 16, guidance 1.5; again ")
     assert of_predictions({"other": other}) == {}
+
+
+ALWAYS_TOLD = {
+    "profile",
+    "contexts",
+    "control_rule",
+    "control_floor",
+    "undefined",
+    "normalize",
+    "target_sum",
+    "genes_sha256",
+    "split",
+    "split_sha256",
+    "observed_sha256",
+    "predicted_sha256",
+    "train_sha256",
+    "held_out_controls_in_training",
+    "genes_chosen_on",
+    "checkpoint",
+    "training_seed",
+    "prediction_seed",
+    "seed",
+    "versions",
+    "command",
+    "num_conditions",
+}
+
+
+def test_every_fact_is_told_and_what_is_not_known_is_called_so():
+    report = Report(evaluate_screen(), meta={"split": "mine.toml", "checkpoint": {"model": "ab12"}})
+    assert set(report.meta) >= ALWAYS_TOLD
+    unknown = {name for name, value in report.meta.items() if value == "unknown"}
+    assert unknown == {
+        "split_sha256",
+        "part",
+        "held_out_controls_in_training",
+        "genes_chosen_on",
+        "training_seed",
+        "prediction_seed",
+        "target_sum",
+        "command",
+    }
+    part = report.markdown().split("## How it was made")[1]
+    for line in (
+        "protocol: strict",
+        "controls of held-out contexts in training: unknown",
+        "undefined values: left out for every method where the data has no answer",
+        "normalised here: no: the files hold log1p values",
+        "split: mine.toml",
+        "weights, SHA-256: model ab12",
+        f"gene list, SHA-256: {report.meta['genes_sha256']}",
+    ):
+        assert f"- {line}" in part
+    facts = pages.in_words(report.meta)
+    html = Page(
+        pages.build(report.findings, report.subject, [], title="", subtitle="", meta=report.meta)
+    )
+    assert all(f"{name} {value}" in html.text for name, value in facts.items())
