@@ -179,6 +179,8 @@ def test_pooled_numbers_stand_beside_the_control_copy(tmp_path):
         assert "control copy" in part
         assert "Differences in the mix of contexts then count as an effect" in part
     assert "pooled over contexts" in made.subtitle()
+    verdict = made.markdown().split("## Verdict")[1].split("## Scores")[0]
+    assert "Scores pooled over contexts stand in a section of their own" in verdict
     names = {p.name for p in tmp_path.iterdir()} - {*FILES, "cell_eval"}
     assert names == {"pooled_over_contexts_aggregate.csv", "pooled_over_contexts_scores.csv"}
     assert "control_copy" in pd.read_csv(tmp_path / "pooled_over_contexts_aggregate.csv")
