@@ -63,10 +63,12 @@ def global_batch(step: int) -> Batch:
     )
 
 
-def share(run: Run, layout: Layout, step: int) -> list[Batch]:
-    """Return this rank's micro-batches of a step; stages want many of them."""
-    # Not of one set each: some errors show with several only.
-    size = 2 if run.pipeline > 1 else min(4, SETS_PER_BATCH // run.data)
+def share(run: Run, layout: Layout, step: int, *, size: int = 4) -> list[Batch]:
+    """Return this rank's micro-batches of a step, of at most so many sets.
+
+    Not of one set each: an error in the order of memory shows with several only.
+    """
+    size = min(size, SETS_PER_BATCH // run.data)
     starts = range(layout.data_parallel_rank * size, SETS_PER_BATCH, run.data * size)
     sets = global_batch(step)
     return [take(sets, slice(start, start + size)) for start in starts]
@@ -112,7 +114,9 @@ def take_steps(context: RankContext, run: Run, num_steps: int) -> dict:
             for n in range(num_steps)
         ]
         with engine.averaged_weights():
-            sets = batch(5, seed=77, num_summary_cells=8, control_lengths=[8, 8, 3, 8, 8])
+            # More sets than the eight pieces in which two stages take them.
+            lengths = [8, 8, 3, 8, 8, 5, 8, 8, 8]
+            sets = batch(9, seed=77, num_summary_cells=8, control_lengths=lengths)
             sample = engine.model.eval().sample(sets, num_steps=2, guidance=1.5)
         return {
             "loss": [s.loss for s in steps],
@@ -127,7 +131,7 @@ def gradients(context: RankContext, run: Run) -> dict:
     """Return this rank's gradients of the first step, in float64, by name in the whole model."""
     with run.start(context) as layout:
         engine = make_engine(run, layout, DEEP, in_double=True)
-        engine.gradients([in_float64(sets) for sets in share(run, layout, 0)])
+        engine.gradients([in_float64(sets) for sets in share(run, layout, 0, size=2)])
         return {name: describe(p, p.main_grad) for name, p in engine.model.whole_named_parameters()}
 
 

@@ -185,6 +185,20 @@ def test_every_weight_gets_a_gradient():
     assert silent == []
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_calls_blocks_again_for_their_gradient_only(recompute):
+    model = build(sizes(gene_layers=1), recompute=recompute)
+    calls = []
+    for stack in (model.encoder.stack, model.blocks.stack):
+        stack.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    model(batch()).total.backward()
+    # the encoder works on the cells and on the summary
+    assert len(calls) == 3 * (1 + recompute)
+    calls.clear()
+    model.eval().sample(batch(), num_steps=1)
+    assert len(calls) == 3
+
+
 def test_gradient_of_the_whole_model_against_finite_differences():
     model = shake(build(objective=ObjectiveConfig(mmd_weight=0.3))).double()
     sets = in_float64(batch(control_lengths=[8, 6, 8], treated_lengths=[8, 8, 5]))
