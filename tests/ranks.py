@@ -23,7 +23,7 @@ from scale.config import ParallelConfig
 from scale.runtime import World
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "scale.tasks.training"])
+_CONTEXT.set_forkserver_preload(["torch", "scale.tasks.training", "scale.tasks.pretrain", "pytest"])
 
 
 @dataclass(frozen=True)

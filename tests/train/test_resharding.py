@@ -11,7 +11,7 @@ import torch
 from ranks import RankContext, run_ranks
 from training_runs import all_weights, config
 
-from scale.config import Precision
+from scale.config import Precision, PretrainConfig
 
 LAYOUTS = {
     "alone": (1, {}),
@@ -56,8 +56,7 @@ def train(
     context: RankContext,
     settings: dict,
     precision: Precision,
-    store: str,
-    run_dir: str,
+    run: PretrainConfig,
     resume_from: str | None,
 ):
     """Take three steps, save, and take three more; or load, save at once, and take three more."""
@@ -66,13 +65,12 @@ def train(
     from scale.train.engine import Engine
     from scale.train.record import ModelRecord, TrainingState
 
-    changes = ("optimizer.clip_norm=0.1", "model.num_layers=2")
-    run = config(Path(run_dir), Path(store), *changes)
     with context.layout(**settings) as layout:
         record = ModelRecord(model=run.model, objective=run.objective, precision=precision)
         data = open_data(run.data, run.model, layout, seed=0, vocabulary=None)
         model = build_model(record, data.vocabulary, layout, seed=0)
-        set_statistics(model, data)
+        if resume_from is None:
+            set_statistics(model, data)
         shake(model, everything=resume_from is not None)
         engine = Engine(
             model,
@@ -102,7 +100,7 @@ def train(
             step(number)
         consumed = 4 * STEPS
         write = CheckpointWrite(
-            Path(run_dir),
+            Path(run.run_dir),
             engine,
             TrainingState(step=STEPS, consumed_sets=consumed, data=data.state_dict(consumed)),
             record=record,
@@ -128,6 +126,10 @@ def shake(model: torch.nn.Module, *, everything: bool) -> None:
                 weight.copy_(0.1 * torch.randn_like(weight))
 
 
+def settings_of(run_dir: Path, store: Path) -> PretrainConfig:
+    return config(run_dir, store, "optimizer.clip_norm=0.1", "model.num_layers=2")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, toy_store_path):
     """(layout, precision) -> what each rank told of an uninterrupted run; run once each."""
@@ -137,8 +139,8 @@ def saved(tmp_path_factory, toy_store_path):
         if (name, precision) not in runs:
             size, settings = LAYOUTS[name]
             folder = tmp_path_factory.mktemp(name)
-            arguments = (settings, precision, str(toy_store_path), str(folder / "run"), None)
-            runs[name, precision] = run_ranks(train, size, folder, *arguments)
+            run = settings_of(folder / "run", toy_store_path)
+            runs[name, precision] = run_ranks(train, size, folder, settings, precision, run, None)
         return runs[name, precision]
 
     return get
@@ -154,8 +156,8 @@ def test_run_goes_on_in_another_layout(saved, toy_store_path, tmp_path, before, 
     first = saved(before, precision)
     checkpoint = first[0][0]
     size, settings = LAYOUTS[after]
-    arguments = (settings, precision, str(toy_store_path), str(tmp_path / "run"), checkpoint)
-    resumed = run_ranks(train, size, tmp_path, *arguments)
+    run = settings_of(tmp_path / "run", toy_store_path)
+    resumed = run_ranks(train, size, tmp_path, settings, precision, run, checkpoint)
     # What was loaded is what was saved, to the bit: also the moments and the fp32 copies.
     ours, theirs = all_weights(Path(checkpoint)), all_weights(Path(resumed[0][0]))
     assert ours.keys() == theirs.keys()
