@@ -133,7 +133,10 @@ def _smallest(n: int, need: int, key: np.uint64) -> Integers:
             hashes_N[count] = value
             count += int(value <= bound)
         if count >= need or everything:
-            return index_N[:count][_argsort_hashes(hashes_N[:count], bound)]
+            member_K = _argsort_hashes(hashes_N[:count], bound)
+            for k in range(count):  # an index by an array takes numba a second to compile
+                member_K[k] = index_N[member_K[k]]
+            return member_K
         wanted *= 2.0
 
 
@@ -146,7 +149,8 @@ def draw_distinct(n: int, key: np.uint64, taken_M: Integers, out_N: Integers) ->
     wanted, found = len(out_N), 0
     if n <= LARGEST_SORTED:
         is_taken_n = np.zeros(n, np.bool_)
-        is_taken_n[taken_M] = True
+        for member in taken_M:
+            is_taken_n[member] = True
         order = _smallest(n, min(n, wanted + len(taken_M)), key)
         for member in order:
             if found < wanted and not is_taken_n[member]:

@@ -369,7 +369,8 @@ def _fill_block(
             cells_on_circle(num_cells, q * set_size, cells_key, treated_BS[b, :num_treated])
         else:
             num_treated = min(set_size, num_cells - q * set_size)
-            treated_BS[b, :num_treated] = np.arange(q * set_size, q * set_size + num_treated)
+            for i in range(num_treated):
+                treated_BS[b, i] = q * set_size + i
 
         taken = np.empty(0, np.int64)
         if is_control_E[entry]:

@@ -812,7 +812,11 @@ def test_a_full_disk_leaves_no_store_and_the_same_command_goes_on(source, tmp_pa
     done = subprocess.run(
         [sys.executable, "-c", script, source, tmp_path / "store"],
         preexec_fn=limit,
-        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}",
+            "PYTHONDONTWRITEBYTECODE": "1",  # what Python keeps would be cut, too
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -126,6 +126,7 @@ def pack_rows(
     """
     column_S = np.empty(len(target_G), np.int32)
     count_S = np.empty(len(target_G), np.int32)
+    pair_S = np.empty(len(target_G), np.int64)
     end, end_gap, end_count = 0, 0, 0
     for r in range(len(row_R)):
         first, last = indptr[row_R[r]], indptr[row_R[r] + 1]
@@ -143,9 +144,12 @@ def pack_rows(
         if size > LARGEST_ROW:
             return TOO_LONG, end, end_gap, end_count
         if order == MIXED:
-            by_column = np.argsort(column_S[:size])
-            column_S[:size] = column_S[:size][by_column]
-            count_S[:size] = count_S[:size][by_column]
+            for k in range(size):  # columns differ: the order of the pairs is that of the columns
+                pair_S[k] = np.int64(column_S[k]) << 32 | np.int64(count_S[k])
+            pair_S[:size].sort()
+            for k in range(size):
+                column_S[k] = pair_S[k] >> 32
+                count_S[k] = pair_S[k] & 0xFFFFFFFF
         num_high = _write_low(
             column_S[:size], count_S[:size], gap_M[end : end + size], count_M[end : end + size]
         )
