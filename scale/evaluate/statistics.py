@@ -34,8 +34,8 @@ SIGNIFICANT = 0.05
 """False discovery rate below which a gene counts as changed."""
 MINIMUM_UNITS = 3
 """Units below which no interval is given."""
-_VALUES_AT_ONCE = 1 << 23
-"""Stored values of the conditions that are tested together: 160 MB with their copy by gene."""
+_VALUES_AT_ONCE = 1 << 22
+"""Stored values of the conditions that are tested together: 70 MB with their copy by gene."""
 _VALUES_PER_BLOCK = 1 << 16
 """Of the genes that are counted together: what fits into the cache of a core."""
 
