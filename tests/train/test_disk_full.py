@@ -18,14 +18,14 @@ def scale(*arguments, limit_bytes=None):
         if limit_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
-    # numba may not write its cache either, and does without
+    # numba may not write its cache either, and does without; Python would keep cut bytecode
     return subprocess.run(
         [sys.executable, "-m", "scale", *map(str, arguments)],
         preexec_fn=restrict,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
     )
 
 
