@@ -379,12 +379,17 @@ def prepared(server, tmp_path_factory):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(server, prepared, tmp_path):
-    """Moments of its CPU time, which does not pass while the machine does something else."""
+    """Moments of its CPU time, which does not pass while the machine does something else.
+
+    A run that ended before its moment does not count: it may be faster than the one measured.
+    """
     source, undisturbed, _, seconds = prepared[10_000]
     expected = files_of(undisturbed)
     generator = random.Random(20)
-    store, num_killed = tmp_path / "store", 0
-    for _ in range(20):
+    store, num_killed, num_started = tmp_path / "store", 0, 0
+    while num_killed < 20:
+        num_started += 1
+        assert num_started <= 80
         moment = generator.uniform(0, seconds)
         process = server.start(source, store)
         clock = ~process << 3 | 2  # what clock_getcpuclockid of the C library returns
@@ -398,7 +403,6 @@ def test_twenty_kills_at_random_moments(server, prepared, tmp_path):
             server.prepare(source, store)
         assert files_of(store) == expected
         shutil.rmtree(store)
-    assert num_killed >= 15
 
 
 @pytest.mark.slow
@@ -427,4 +431,5 @@ def test_workers_end_with_a_parent_that_is_killed(server, prepared, tmp_path):
 def test_memory_does_not_grow_with_the_cells(prepared):
     (_, _, few, _), (source, _, many, _) = prepared[10_000], prepared[40_000]
     assert source.stat().st_size > 70_000_000
-    assert many - few < 12_000_000, f"{many - few:,}"
+    # 72 MB of values lie between them; what is freed is kept, so the largest size varies by some MB
+    assert many - few < 20_000_000, f"{many - few:,}"
