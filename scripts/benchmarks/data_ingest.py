@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+from command import run_command
 from data_sets import CONTROL, COUNTS, Design, draw_cells, make_h5ad
 
 from scale.data.tahoe import write_tahoe_parquet
@@ -64,20 +63,15 @@ class Ingest:
 
 def ingest(store: Path, settings: Mapping[str, Any]) -> Ingest:
     """Run ``prepare`` with one worker in a process of its own."""
-    before = _children_seconds()
-    done = subprocess.run(
-        [sys.executable, "-c", _CODE, str(Path(__file__).parent), _settings(store, settings)],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(f"prepare failed: {done.stderr[-3000:]}")
-    facts = json.loads(done.stdout.split("RESULT", 1)[1])
+    code = [sys.executable, "-c", _CODE, str(Path(__file__).parent), _settings(store, settings)]
+    log = store.with_suffix(".log")
+    cost = run_command(code, log)
+    facts = json.loads(log.read_text().split("RESULT", 1)[1].splitlines()[0])
     sizes = {f: f.stat().st_size for f in store.rglob("*") if f.is_file()}
     names = sum(size for f, size in sizes.items() if f.is_relative_to(store / "cells"))
     return Ingest(
         **facts,
-        cpu_with_start=_children_seconds() - before,
+        cpu_with_start=cost.cpu,
         bytes_per_cell=(sum(sizes.values()) - names) / facts["cells"],
         bytes_per_cell_names=names / facts["cells"],
     )
@@ -86,11 +80,6 @@ def ingest(store: Path, settings: Mapping[str, Any]) -> Ingest:
 def _settings(store: Path, settings: Mapping[str, Any]) -> str:
     defaults = {"control": CONTROL, "counts": "auto", "genes": "all", "keep_cells": "none"}
     return json.dumps({**defaults, "store": str(store), **settings})
-
-
-def _children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 # --- what is prepared ---------------------------------------------------------------------------

@@ -26,15 +26,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from command import run_command
 from machine import describe_machine
 
 from scale.config import FinetuneConfig, ModelConfig, PretrainConfig, from_yaml
@@ -75,16 +74,8 @@ class Budget:
 
 def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> float:
     """Run a command with one thread, its words in ``log``; return its CPU seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     print(f"{log.stem}: {' '.join(command[:4])} ...", file=sys.stderr)
-    with log.open("w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=variables)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed; its last words:\n{log.read_text()[-2000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return run_command(command, log, environment).cpu
 
 
 def read_budget(demo: Path) -> Budget:

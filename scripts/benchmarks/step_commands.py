@@ -5,16 +5,13 @@ CPU seconds are those of the process and its children, from the first import to 
 
 from __future__ import annotations
 
-import os
-import resource
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
+from command import Cost, run_command
 from data_sets import CONTROL, COUNTS, SET_A, Design, make_h5ad
 
 DESIGN = SET_A.sized(12_000, 32, num_lines=2)
@@ -31,29 +28,9 @@ class Files:
     split: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a command took."""
-
-    cpu: float
-    wall: float
-
-
 def run(command: list[str], log: Path) -> Cost:
-    """Run a command with one thread, its words in ``log``."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    with log.open("w") as file:
-        done = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads, **OFFLINE}
-        )
-    wall = time.perf_counter() - begin
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed; its last words:\n{log.read_text()[-2000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Cost(cpu, wall)
+    """Run a command that asks nothing of a network."""
+    return run_command(command, log, OFFLINE)
 
 
 def make_files(folder: Path, design: Design = DESIGN) -> Files:

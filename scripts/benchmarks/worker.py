@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from command import ONE_THREAD
+
 
 def cpu_seconds() -> float:
     """Return the CPU time of this process, its threads and the children it waited for."""
@@ -141,13 +143,12 @@ def start_readers(
         workers[name] = Worker(name, ask, answer)
         ends = {"requests": requests, "answers": answers}
         specifications.append({"arguments": arguments, "environment": environment, **ends})
-    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     subprocess.Popen(
         [python, str(script), json.dumps(specifications)],
         pass_fds=[end for s in specifications for end in (s["requests"], s["answers"])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        env={**os.environ, **one},
+        env={**os.environ, **ONE_THREAD},
     )
     _close_pipes(specifications)
     return workers
