@@ -187,7 +187,7 @@ def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from scale.model.sizes import count_parameters
 
-    folder = arguments.folder.resolve()
+    folder = arguments.folder.resolve() / ("quick" if arguments.quick else "whole")
     scale = [sys.executable, "-m", "scale"]
     record: dict[str, Any] = {"machine": describe_machine()}
     ours: dict[str, Any] = {}
