@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+OFFLINE = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""For arc-state, which would ask a network."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -37,3 +40,12 @@ def run_command(
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed; its last words:\n{log.read_text()[-2000:]}")
     return Cost(usage.ru_utime + usage.ru_stime, time.perf_counter() - begin)
+
+
+def environment_python(package: str) -> str:
+    """Return the python of another package's environment, which is made if it is not there."""
+    script = ROOT / "scripts" / f"{package}_environment"
+    made = subprocess.run([str(script)], capture_output=True, text=True)
+    if made.returncode:
+        sys.exit(f"no environment by scripts/{script.name}: {made.stderr[-500:]}")
+    return made.stdout.strip()

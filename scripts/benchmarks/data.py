@@ -30,19 +30,18 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command import ROOT, environment_python
 from data_ingest import Ingest, gzip_copy, h5ad_settings, ingest, tahoe_settings
 from data_sets import SET_A, SET_B, make_dense_h5ad, make_h5ad
 from machine import describe_machine
 from worker import Worker, start_readers
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 TUNED = {"CELL_LOAD_H5_RDCC_NSLOTS": "521"}
 Answers = list[dict[str, float]]
 RATIOS = {
@@ -274,12 +273,7 @@ def main() -> None:
     options = parser.parse_args()
     quick, folder = options.quick, options.folder.resolve()
     rounds = options.rounds or (1 if quick else 5)
-    made = subprocess.run(
-        [str(ROOT / "scripts" / "cell_load_environment")], capture_output=True, text=True
-    )
-    if made.returncode:
-        sys.exit(f"no environment with cell-load: {made.stderr[-500:]}")
-    python = made.stdout.strip()
+    python = environment_python("cell_load")
 
     figures: dict[str, Any] = {"quick": quick, "rounds": rounds, "machine": describe_machine()}
     figures |= {"cell_load_version": "0.10.4", "readers": {}, "ratios": {}}

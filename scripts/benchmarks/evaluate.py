@@ -39,11 +39,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
+from command import environment_python
 from machine import describe_machine
 
 from scale.evaluate.protocol import split_controls
 
-ROOT = Path(__file__).resolve().parents[2]
 CELL_EVAL = "0.8.2"
 CONTROL = "control"
 KEYS = {"perturbation_key": "perturbation", "cell_type_key": "line"}
@@ -306,13 +306,9 @@ def main() -> None:
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 5)
     machine = describe_machine()
-    made = subprocess.run(
-        [str(ROOT / "scripts" / "cell_eval_environment")], capture_output=True, text=True
-    )
-    if made.returncode:
-        sys.exit(f"no environment with cell-eval: {made.stderr[-500:]}")
+    python = environment_python("cell_eval")
     sizes = (10, 50, 500, 200) if options.quick else (50, 100, 2000, 1000)
-    figures = compare(made.stdout.strip(), sizes, rounds)
+    figures = compare(python, sizes, rounds)
     if not options.quick:
         figures |= replogle()
     figures["machine"] = machine | {"cell_eval": CELL_EVAL}

@@ -27,13 +27,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command import run_command
+from command import OFFLINE, ROOT, environment_python, run_command
 from machine import describe_machine
 
 from scale.config import FinetuneConfig, ModelConfig, PretrainConfig, from_yaml
@@ -42,8 +41,6 @@ from scale.types import Vocabulary
 if TYPE_CHECKING:
     from state_data import StateFiles
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 VERSION = "0.11.1"
 SCORES = (
     "residual_pearson",
@@ -136,15 +133,12 @@ def run_state(files: StateFiles, folder: Path, budget: Budget, lr: float) -> dic
     import pandas as pd
     from state_data import collect
 
-    script = ROOT / "scripts" / "arc_state_environment"
-    python = subprocess.run([script], capture_output=True, text=True, check=True).stdout.strip()
-    state = [python, "-m", "state", "tx"]
-    offline = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    state = [environment_python("arc_state"), "-m", "state", "tx"]
     log = folder / "train.log"
-    trained = run([*state, "train", *train_settings(files, folder, budget, lr)], log, offline)
+    trained = run([*state, "train", *train_settings(files, folder, budget, lr)], log, OFFLINE)
     arguments = ["--output-dir", str(folder / "run"), "--toml", str(files.prediction)]
     arguments += ["--checkpoint", "final.ckpt", "--predict-only"]
-    predicted = run([*state, "predict", *arguments], folder / "predict.log", offline)
+    predicted = run([*state, "predict", *arguments], folder / "predict.log", OFFLINE)
     found = folder / "run" / "eval_final.ckpt" / "adata_pred.h5ad"
     parameters = re.search(r"Trainable params: ([\d.]+ [KM])", log.read_text())
     losses = pd.read_csv(folder / "run" / "version_0" / "metrics.csv")["val_loss"].dropna()

@@ -29,18 +29,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from command import ROOT, environment_python
 from machine import describe_machine
 
 if TYPE_CHECKING:
     from worker import Worker
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 GENES, SETS, SET_SIZE, NUM_PERTURBATIONS = 2_000, 8, 64, 100
 WIDTH, LAYERS, HEADS, FFN, OWN_FFN = 256, 4, 4, 1_024, 704
 SHORT_STEPS = 10
@@ -64,13 +63,6 @@ THEIRS = {
 COMMANDS = {"scale": "pretrain", "arc-state": "state_train"}
 """The whole commands, as keys name them."""
 STATE, SCALE, OWN_WIDTH, BF16 = "arc-state", "scale", "scale, own width", "scale, bf16"
-
-
-def state_python() -> str:
-    """Return the python of arc-state's environment, made if it is not there."""
-    script = ROOT / "scripts" / "arc_state_environment"
-    done = subprocess.run([script], stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.strip()
 
 
 # --- the step -----------------------------------------------------------------------------------
@@ -108,7 +100,7 @@ def start_sides(cells: Path) -> dict[str, Worker]:
     }
     readers = {name: ([json.dumps(same | given)], {}) for name, given in ours.items()}
     theirs = {STATE: ([json.dumps(same | {"sizes": THEIRS})], {"CUDA_VISIBLE_DEVICES": ""})}
-    workers = start_readers(state_python(), HERE / "step_state.py", theirs)
+    workers = start_readers(environment_python("arc_state"), HERE / "step_state.py", theirs)
     return workers | start_readers(sys.executable, HERE / "step_ours.py", readers)
 
 
@@ -168,7 +160,7 @@ def measure_commands(
     """
     from step_commands import Cost, make_files, our_command, their_command
 
-    files, python = make_files(folder), state_python()
+    files, python = make_files(folder), environment_python("arc_state")
 
     def both(number: int) -> tuple[Cost, Cost]:
         print(f"pretrain and tx train, {number} steps", file=sys.stderr)

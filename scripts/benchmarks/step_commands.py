@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
-from command import Cost, run_command
+from command import OFFLINE, Cost, run_command
 from data_sets import CONTROL, COUNTS, SET_A, Design, make_h5ad
 
 DESIGN = SET_A.sized(12_000, 32, num_lines=2)
 """Two lines under 16 drugs each: conditions of some 370 cells."""
-OFFLINE = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True, slots=True)
