@@ -174,3 +174,39 @@ class Missing(Enum):
 
     error = "error"
     drop = "drop"
+
+
+class Space(Enum):
+    """Where the path from control to treated cells lies."""
+
+    gene = "gene"
+    latent = "latent"
+
+
+class Prior(Enum):
+    """Where the path starts."""
+
+    control = "control"
+    gaussian = "gaussian"
+
+
+class Prediction(Enum):
+    """What the network gives at a point on the path."""
+
+    endpoint = "endpoint"
+    velocity = "velocity"
+
+
+class Decoder(Enum):
+    """How a latent endpoint becomes a cell."""
+
+    negative_binomial = "negative_binomial"
+    residual = "residual"
+    mean = "mean"
+
+
+class Fusion(Enum):
+    """How the facts of a condition become one vector."""
+
+    seed_attention = "seed_attention"
+    sum = "sum"

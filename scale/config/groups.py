@@ -21,7 +21,9 @@ from scale.config.checks import (
 from scale.config.choices import (
     Backend,
     ControlSplit,
+    Decoder,
     Device,
+    Fusion,
     GeneChoice,
     GeneFlavor,
     Head,
@@ -30,9 +32,12 @@ from scale.config.choices import (
     Missing,
     Pairing,
     Precision,
+    Prediction,
+    Prior,
     Profile,
     ShortSets,
     SourceFormat,
+    Space,
     TimeLaw,
     Unknown,
     WandbMode,
@@ -134,6 +139,11 @@ class ModelConfig:
     """Probability of hiding the cell type of a set."""
     batch_dropout: float = 0.5
     """Probability of hiding the batch of a set."""
+    identity_dropout: float = 0.15
+    """Probability of hiding the name of a perturbation that has features."""
+    fusion: Fusion = Fusion.seed_attention
+    cell_attention: bool = True
+    """Let the cells of a set see each other; without, each is transported by itself."""
     backend: Backend = Backend.auto
 
     def __post_init__(self) -> None:
@@ -162,7 +172,12 @@ class ModelConfig:
                 f"model.hidden_size ({self.hidden_size}) must be a multiple of "
                 f"model.gene_hidden_size ({self.gene_hidden_size})",
             )
-        for name in ("condition_dropout", "cell_type_dropout", "batch_dropout"):
+        for name in (
+            "condition_dropout",
+            "cell_type_dropout",
+            "batch_dropout",
+            "identity_dropout",
+        ):
             require_fraction(f"model.{name}", getattr(self, name))
 
 
@@ -175,6 +190,8 @@ class DataConfig:
     split: str | None = None
     """What is held out: TOML file, or one that ships by name; null = all is training data."""
     unknown: Unknown = Unknown.error
+    perturbation_features: str | None = None
+    """File of vectors by perturbation (.npz); null = perturbations are learned by name alone."""
     heldout_controls: HeldoutControls = HeldoutControls.shared
     target_sum: float = 10_000.0
     """Counts per cell after normalisation."""
@@ -224,6 +241,9 @@ class DataConfig:
 class ObjectiveConfig:
     """What the model is trained to do."""
 
+    space: Space = Space.gene
+    prior: Prior = Prior.control
+    prediction: Prediction = Prediction.endpoint
     head: Head = Head.residual
     pairing: Pairing = Pairing.ot
     time: TimeLaw = TimeLaw.mix
@@ -233,6 +253,16 @@ class ObjectiveConfig:
     mean_weight: float = 1.0
     point_weight: float = 0.3
     mmd_weight: float = 0.0
+    masked_gene_fraction: float = 0.0
+    """Share of the input genes that are hidden from the network in training."""
+    latent_size: int | None = None
+    """Width of a cell in latent space."""
+    decoder: Decoder | None = None
+    """Latent endpoint -> cell."""
+    reconstruction_weight: float = 0.0
+    """Of the autoencoder's reconstruction (latent space)."""
+    alignment_weight: float = 0.0
+    """Of the kernel distance between latent cells and a normal law (latent space)."""
     num_steps: int = 1
     """Sampler steps at prediction."""
 
