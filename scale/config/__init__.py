@@ -49,8 +49,6 @@ from scale.config.groups import (
     DataConfig,
     GenesConfig,
     LogConfig,
-    ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     ProtocolConfig,
@@ -58,6 +56,7 @@ from scale.config.groups import (
     TrainerConfig,
     ValidationConfig,
 )
+from scale.config.model import ModelConfig, ObjectiveConfig
 from scale.config.roots import (
     SCHEMAS,
     DemoConfig,

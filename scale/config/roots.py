@@ -27,8 +27,6 @@ from scale.config.groups import (
     DataConfig,
     GenesConfig,
     LogConfig,
-    ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     ProtocolConfig,
@@ -36,6 +34,7 @@ from scale.config.groups import (
     TrainerConfig,
     ValidationConfig,
 )
+from scale.config.model import ModelConfig, ObjectiveConfig
 
 
 @dataclass(kw_only=True, slots=True)
