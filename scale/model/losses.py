@@ -1,11 +1,12 @@
 r"""Distances between a predicted and an observed set of cells, one function each.
 
-All have the signature ``(predicted_BSG, observed_BSG, predicted_mask_BS, observed_mask_BS) ->
-loss_B`` and stand in ``LOSSES``. ``point`` expects the observed cells in the order of the predicted
-ones. Estimates over pairs of cells are U-statistics: unbiased, hence they can be negative; never
-clamp them or take their root.
+All of them are functions of the squared distances between cells (:class:`SetDistances`), which are
+computed once for a batch: each has the signature ``(distances) -> loss_B`` and stands in
+``LOSSES``. Estimates over pairs of cells are U-statistics: unbiased, hence they can be negative;
+never clamp them or take their root.
 
-Shapes: B = sets in the batch, S = cells per set (the two sets may differ), G = genes.
+Shapes: B = sets in the batch, S = predicted cells per set, T = observed cells per set, G = genes,
+N = S + T.
 """
 
 from __future__ import annotations
@@ -17,40 +18,98 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-SetLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from scale.model.pairing import Pairs
 
 MMD_WIDTHS = (0.5, 1.0, 2.0, 4.0)
 """Kernel widths in units of the median squared distance between observed cells."""
 
 
-def mean_loss(a_BSG: Tensor, y_BSG: Tensor, w_BS: Tensor, v_BS: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class SetDistances:
+    """Squared distances between and within two sets of cells, and which cells are real.
+
+    Parameters
+    ----------
+    across_BST
+        From each predicted to each observed cell.
+    predicted_BSS
+        Between predicted cells.
+    observed_BTT
+        Between observed cells; has no gradient.
+    mask_BS, observed_mask_BT
+        True for real cells.
+    num_genes
+        G, by whose root or number a loss is divided.
+    pairs
+        The observed partner of each predicted cell, for the point loss.
+    """
+
+    across_BST: Tensor
+    predicted_BSS: Tensor
+    observed_BTT: Tensor
+    mask_BS: Tensor
+    observed_mask_BT: Tensor
+    num_genes: int
+    pairs: Pairs | None = None
+
+    @classmethod
+    def between(
+        cls,
+        predicted_BSG: Tensor,
+        observed_BTG: Tensor,
+        mask_BS: Tensor,
+        observed_mask_BT: Tensor,
+        pairs: Pairs | None = None,
+    ) -> SetDistances:
+        """Compute the distances; the gradient flows to the predicted cells alone."""
+        tables: tuple[Tensor, Tensor, Tensor] = _SquaredDistances.apply(  # type: ignore[no-untyped-call]
+            predicted_BSG, observed_BTG, observed_mask_BT
+        )
+        across_BST, predicted_BSS, observed_BTT = tables
+        num_genes = predicted_BSG.shape[-1]
+        return cls(
+            across_BST, predicted_BSS, observed_BTT, mask_BS, observed_mask_BT, num_genes, pairs
+        )
+
+
+SetLoss = Callable[[SetDistances], Tensor]
+
+
+def mean_loss(sets: SetDistances) -> Tensor:
     r"""Return the squared distance of the mean cells per gene.
 
     .. math:: L_M = \| \mathrm{mean}_w A - \mathrm{mean}_v Y \|^2 / G
+        = \left[ \mathrm{mean}_{ij} d^2(a_i, y_j) - \tfrac{1}{2} \mathrm{mean}_{ij} d^2(a_i, a_j)
+        - \tfrac{1}{2} \mathrm{mean}_{ij} d^2(y_i, y_j) \right] / G
     """
-    squared_BG = F.mse_loss(_mean(a_BSG, w_BS), _mean(y_BSG, v_BS), reduction="none")
-    mean_B: Tensor = squared_BG.mean(-1)
-    return mean_B
+    w_BS, v_BT = (
+        _shares(sets.mask_BS, sets.across_BST),
+        _shares(sets.observed_mask_BT, sets.across_BST),
+    )
+    across_B = _bilinear(w_BS, sets.across_BST, v_BT)
+    predicted_B = _bilinear(w_BS, sets.predicted_BSS, w_BS)
+    observed_B = _bilinear(v_BT, sets.observed_BTT, v_BT)
+    return (across_B - 0.5 * (predicted_B + observed_B)) / sets.num_genes
 
 
-def point_loss(a_BSG: Tensor, y_BSG: Tensor, w_BS: Tensor, v_BS: Tensor) -> Tensor:
+def point_loss(sets: SetDistances) -> Tensor:
     r"""Return the mean squared difference of paired cells; alone it collapses the spread of cells.
 
     .. math:: L_P = \frac{1}{n G} \sum_i \| a_i - y_{\pi(i)} \|^2
 
-    over the n cells that are real on both sides.
+    over the n predicted cells that are real and have a partner.
     """
-    both_BS = w_BS & v_BS
-    # the sum is divided, and not each of its terms in the backward pass of a mean
-    squared_BS = F.mse_loss(a_BSG, y_BSG, reduction="none").sum(-1) / a_BSG.shape[-1]
-    mean_B: Tensor = torch.where(both_BS, squared_BS, 0).sum(1) / both_BS.sum(1)
-    return mean_B
+    if sets.pairs is None:
+        raise ValueError("the point loss needs to know which observed cell is whose partner")
+    real_BS = sets.mask_BS & sets.pairs.has_partner_BS
+    squared_BS = sets.across_BST.gather(2, sets.pairs.partner_BS[:, :, None]).squeeze(2)
+    sum_B = torch.where(real_BS, squared_BS, 0).sum(1)
+    return sum_B / (real_BS.sum(1) * sets.num_genes)
 
 
-def energy_loss(a_BSG: Tensor, y_BSG: Tensor, w_BS: Tensor, v_BS: Tensor) -> Tensor:
+def energy_loss(sets: SetDistances) -> Tensor:
     r"""Return the energy distance over sqrt(G).
 
     .. math:: L_E = \left[ \frac{2}{nm} \sum_{ij} d(a_i, y_j)
@@ -60,14 +119,14 @@ def energy_loss(a_BSG: Tensor, y_BSG: Tensor, w_BS: Tensor, v_BS: Tensor) -> Ten
     It needs no pairing and is strictly proper: least where the two laws are equal. The last term
     has no gradient.
     """
-    squared, weight = _SquaredDistances.of(a_BSG, y_BSG, v_BS), _PairWeights.of(w_BS, v_BS, a_BSG)
-    across_B = _mean_distance(squared.across_BSS, weight.across_BSS)
-    predicted_B = _mean_distance(squared.predicted_BSS, weight.predicted_BSS)
-    observed_B = _mean_distance(squared.observed_BSS, weight.observed_BSS)
-    return (2 * across_B - predicted_B - observed_B) / math.sqrt(a_BSG.shape[-1])
+    weight = _PairWeights.of(sets)
+    across_B = _mean_distance(sets.across_BST, weight.across_BST)
+    predicted_B = _mean_distance(sets.predicted_BSS, weight.predicted_BSS)
+    observed_B = _mean_distance(sets.observed_BTT, weight.observed_BTT)
+    return (2 * across_B - predicted_B - observed_B) / math.sqrt(sets.num_genes)
 
 
-def mmd_loss(a_BSG: Tensor, y_BSG: Tensor, w_BS: Tensor, v_BS: Tensor) -> Tensor:
+def mmd_loss(sets: SetDistances) -> Tensor:
     r"""Return the squared maximum mean discrepancy under a mean of Gaussian kernels.
 
     .. math:: L_K = \frac{1}{n(n-1)} \sum_{i \ne j} k(a_i, a_j)
@@ -76,19 +135,19 @@ def mmd_loss(a_BSG: Tensor, y_BSG: Tensor, w_BS: Tensor, v_BS: Tensor) -> Tensor
 
     with M the median squared distance between observed cells.
     """
-    squared, weight = _SquaredDistances.of(a_BSG, y_BSG, v_BS), _PairWeights.of(w_BS, v_BS, a_BSG)
-    between_BSS = squared.observed_BSS.masked_fill(weight.observed_BSS == 0, torch.nan)
-    median_B11 = between_BSS.flatten(1).nanmedian(1).values.clamp(min=1e-12)[:, None, None]
+    weight = _PairWeights.of(sets)
+    between_BTT = sets.observed_BTT.masked_fill(weight.observed_BTT == 0, torch.nan)
+    median_B11 = between_BTT.flatten(1).nanmedian(1).values.clamp(min=1e-12)[:, None, None]
 
-    def mean_kernel(squared_BSS: Tensor, weight_BSS: Tensor) -> Tensor:
-        scaled_BSS = squared_BSS / median_B11
-        kernel_BSS = torch.stack([(-scaled_BSS / (2 * s)).exp() for s in MMD_WIDTHS]).mean(0)
-        return (kernel_BSS * weight_BSS).sum((1, 2))
+    def mean_kernel(squared: Tensor, weights: Tensor) -> Tensor:
+        scaled = squared / median_B11
+        kernel = torch.stack([(-scaled / (2 * s)).exp() for s in MMD_WIDTHS]).mean(0)
+        return (kernel * weights).sum((1, 2))
 
     return (
-        mean_kernel(squared.predicted_BSS, weight.predicted_BSS)
-        + mean_kernel(squared.observed_BSS, weight.observed_BSS)
-        - 2 * mean_kernel(squared.across_BSS, weight.across_BSS)
+        mean_kernel(sets.predicted_BSS, weight.predicted_BSS)
+        + mean_kernel(sets.observed_BTT, weight.observed_BTT)
+        - 2 * mean_kernel(sets.across_BST, weight.across_BST)
     )
 
 
@@ -100,69 +159,75 @@ LOSSES: dict[str, SetLoss] = {
 }
 
 
+class _SquaredDistances(torch.autograd.Function):
+    r"""Squared distances by products: one product for those of predicted cells, one backward.
+
+    Of the losses, only the products touch the genes: what is elementwise happens on tables of cells
+    by cells. With g the gradients of the two tables and h = g + g' of the one within,
+
+    .. math:: da_i = 2 \sum_j g_{ij} (a_i - y_j) + 2 \sum_j h_{ij} (a_i - a_j)
+
+    which is one matrix of cells by cells times the cells of both sets.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, predicted_BSG: Tensor, observed_BTG: Tensor, observed_mask_BT: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_sets, size, num_genes = predicted_BSG.shape
+        # Centring at the observed mean costs little and divides the rounding error by three.
+        share_BT = _shares(observed_mask_BT, observed_BTG)
+        center_B1G = share_BT[:, None, :] @ observed_BTG
+        cells_BNG = predicted_BSG.new_empty(num_sets, size + observed_BTG.shape[1], num_genes)
+        torch.sub(predicted_BSG, center_B1G, out=cells_BNG[:, :size])
+        torch.sub(observed_BTG, center_B1G, out=cells_BNG[:, size:])
+        a_BSG, y_BTG = cells_BNG[:, :size], cells_BNG[:, size:]
+        with _full_precision():
+            product_BSN = a_BSG @ cells_BNG.mT
+            yy_BTT = y_BTG @ y_BTG.mT
+        aa_BSS, ay_BST = product_BSN[:, :, :size], product_BSN[:, :, size:]
+        norm_a_BS, norm_y_BT = _diagonal(aa_BSS), _diagonal(yy_BTT)
+        squared = (
+            _from_products(ay_BST, norm_a_BS, norm_y_BT),
+            _from_products(aa_BSS, norm_a_BS, norm_a_BS),
+            _from_products(yy_BTT, norm_y_BT, norm_y_BT),
+        )
+        ctx.save_for_backward(cells_BNG)
+        ctx.mark_non_differentiable(squared[2])
+        return squared
+
+    @staticmethod
+    def backward(
+        ctx: Any, across_BST: Tensor, within_BSS: Tensor, _observed: Tensor
+    ) -> tuple[Tensor, None, None]:
+        (cells_BNG,) = ctx.saved_tensors
+        weight_BSN = torch.cat([within_BSS + within_BSS.mT, across_BST], 2).mul_(-2)
+        _diagonal(weight_BSN).sub_(weight_BSN.sum(2))
+        with _full_precision():
+            return weight_BSN @ cells_BNG, None, None
+
+
 @dataclass(frozen=True, slots=True)
 class _PairWeights:
     """Weights of a U-statistic: equal over pairs of real, different cells; their sum is 1."""
 
-    across_BSS: Tensor
+    across_BST: Tensor
     predicted_BSS: Tensor
-    observed_BSS: Tensor
+    observed_BTT: Tensor
 
     @classmethod
-    def of(cls, w_BS: Tensor, v_BS: Tensor, like: Tensor) -> _PairWeights:
-        w_BS, v_BS = w_BS.to(like.dtype), v_BS.to(like.dtype)
-        n_B11, m_B11 = w_BS.sum(1)[:, None, None], v_BS.sum(1)[:, None, None]
-        across_BSS = w_BS[:, :, None] * v_BS[:, None, :] / (n_B11 * m_B11)
-        return cls(across_BSS, _different(w_BS, n_B11), _different(v_BS, m_B11))
+    def of(cls, sets: SetDistances) -> _PairWeights:
+        dtype = sets.across_BST.dtype
+        w_BS, v_BT = sets.mask_BS.to(dtype), sets.observed_mask_BT.to(dtype)
+        n_B11, m_B11 = w_BS.sum(1)[:, None, None], v_BT.sum(1)[:, None, None]
+        across_BST = w_BS[:, :, None] * v_BT[:, None, :] / (n_B11 * m_B11)
+        return cls(across_BST, _different(w_BS, n_B11), _different(v_BT, m_B11))
 
 
 def _different(w_BS: Tensor, n_B11: Tensor) -> Tensor:
     weight_BSS = w_BS[:, :, None] * w_BS[:, None, :] / (n_B11 * (n_B11 - 1))
     weight_BSS.diagonal(dim1=1, dim2=2).zero_()
     return weight_BSS
-
-
-@dataclass(frozen=True, slots=True)
-class _SquaredDistances:
-    """Squared distances by products; those between observed cells have no gradient."""
-
-    across_BSS: Tensor
-    predicted_BSS: Tensor
-    observed_BSS: Tensor
-
-    @classmethod
-    def of(cls, a_BSG: Tensor, y_BSG: Tensor, v_BS: Tensor) -> _SquaredDistances:
-        # Centring at the observed mean costs little and divides the rounding error by three.
-        center_B1G = _mean(y_BSG, v_BS)[:, None, :]
-        with _full_precision():
-            products = _Products.apply(a_BSG - center_B1G, y_BSG - center_B1G)  # type: ignore[no-untyped-call]
-        aa_BSS, ay_BSS, yy_BSS = products
-        norm_a_BS, norm_y_BS = _diagonal(aa_BSS), _diagonal(yy_BSS)
-        return cls(
-            _from_products(ay_BSS, norm_a_BS, norm_y_BS),
-            _from_products(aa_BSS, norm_a_BS, norm_a_BS),
-            _from_products(yy_BSS, norm_y_BS, norm_y_BS).detach(),
-        )
-
-
-class _Products(torch.autograd.Function):
-    """Inner products within and between two sets, with one product per term of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, a_BSG: Tensor, y_BSG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(a_BSG, y_BSG)
-        return a_BSG @ a_BSG.mT, a_BSG @ y_BSG.mT, y_BSG @ y_BSG.mT
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
-        a_BSG, y_BSG = ctx.saved_tensors
-        aa_BSS, ay_BSS, yy_BSS = gradients
-        with _full_precision():
-            to_a_BSG = torch.bmm(aa_BSS + aa_BSS.mT, a_BSG).baddbmm_(ay_BSS, y_BSG)
-            to_y_BSG = None
-            if ctx.needs_input_grad[1]:
-                to_y_BSG = torch.bmm(yy_BSS + yy_BSS.mT, y_BSG).baddbmm_(ay_BSS.mT, a_BSG)
-        return to_a_BSG, to_y_BSG
 
 
 @contextmanager
@@ -176,26 +241,29 @@ def _full_precision() -> Iterator[None]:
         matmul.allow_tf32 = allowed
 
 
-def _diagonal(product_BSS: Tensor) -> Tensor:
-    return product_BSS.diagonal(dim1=1, dim2=2)
+def _diagonal(table_BSN: Tensor) -> Tensor:
+    return table_BSN.diagonal(dim1=1, dim2=2)
 
 
-def _from_products(product_BSS: Tensor, norm_a_BS: Tensor, norm_b_BS: Tensor) -> Tensor:
-    squared_BSS = norm_a_BS[:, :, None] + norm_b_BS[:, None, :] - 2 * product_BSS
-    return squared_BSS.clamp(min=0)
+def _from_products(product: Tensor, norm_a: Tensor, norm_b: Tensor) -> Tensor:
+    return torch.sub(norm_a[:, :, None] + norm_b[:, None, :], product, alpha=2).clamp_(min=0)
 
 
-def _mean_distance(squared_BSS: Tensor, weight_BSS: Tensor) -> Tensor:
+def _mean_distance(squared: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted mean of distances.
 
     A 1 takes the place of unweighted entries before the root: the root of a masked 0 has an
     infinite gradient, and zero times infinity is not a number.
     """
-    safe_BSS = torch.where(weight_BSS == 0, 1.0, squared_BSS.clamp(min=1e-12))
-    return (safe_BSS.sqrt() * weight_BSS).sum((1, 2))
+    safe = torch.where(weights == 0, 1.0, squared.clamp(min=1e-12))
+    return (safe.sqrt() * weights).sum((1, 2))
 
 
-def _mean(x_BSG: Tensor, w_BS: Tensor) -> Tensor:
-    weight_BS = (w_BS / w_BS.sum(1, keepdim=True)).to(x_BSG.dtype)
-    mean_B1G: Tensor = weight_BS[:, None, :] @ x_BSG
-    return mean_B1G.squeeze(1)
+def _shares(mask_BS: Tensor, like: Tensor) -> Tensor:
+    """Return equal weights of the real cells of a set, of sum 1."""
+    return (mask_BS / mask_BS.sum(1, keepdim=True)).to(like.dtype)
+
+
+def _bilinear(w_BS: Tensor, table_BST: Tensor, v_BT: Tensor) -> Tensor:
+    sum_B11: Tensor = w_BS[:, None, :] @ table_BST @ v_BT[:, :, None]
+    return sum_B11[:, 0, 0]

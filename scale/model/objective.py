@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scale.config import ObjectiveConfig
-from scale.model.losses import LOSSES
+from scale.model.losses import LOSSES, SetDistances
 from scale.model.pairing import Pairs
 from scale.types import Batch
 
@@ -54,14 +54,13 @@ def weighted_losses(
     objective: ObjectiveConfig, predicted_BSG: Tensor, mask_BS: Tensor, targets: Targets
 ) -> Losses:
     """Return the weighted sum over the losses of :func:`loss_names`."""
+    sets = SetDistances.between(
+        predicted_BSG, targets.treated_BSG, mask_BS, targets.mask_BS, targets.pairs
+    )
     total = predicted_BSG.new_zeros(())
     parts = {}
     for name in loss_names(objective):
-        observed_BSG, observed_mask_BS = targets.treated_BSG, targets.mask_BS
-        if name == "point":
-            observed_BSG = targets.pairs.partners(targets.treated_BSG)
-            observed_mask_BS = targets.pairs.has_partner_BS
-        mean = LOSSES[name](predicted_BSG, observed_BSG, mask_BS, observed_mask_BS).mean()
+        mean = LOSSES[name](sets).mean()
         parts[name] = mean.detach()
         total = total + getattr(objective, f"{name}_weight") * mean
     return Losses(total, parts, len(mask_BS))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scale.config import ObjectiveConfig, ValidationConfig
 from scale.data.module import CellSetDataModule
-from scale.model.losses import LOSSES
+from scale.model.losses import SetDistances, energy_loss
 from scale.model.model import ScaleModel
 from scale.types import Batch
 
@@ -92,7 +92,9 @@ class Validation:
             raise AssertionError("validation batches have treated cells")
         predicted_BSG = model.sample(batch, num_steps=self._num_steps).float()
         control_mask_BS = batch.control_mask_BS
-        energy_B = LOSSES["energy"](predicted_BSG, treated_BSG, control_mask_BS, mask_BS)
+        energy_B = energy_loss(
+            SetDistances.between(predicted_BSG, treated_BSG, control_mask_BS, mask_BS)
+        )
         sums: list[tuple[Tensor, Tensor]] = [
             ((cells * mask[:, :, None]).sum(1).double(), mask.sum(1).double())
             for cells, mask in (

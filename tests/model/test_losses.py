@@ -6,7 +6,8 @@ import pytest
 import torch
 from example_sets import cells
 
-from scale.model.losses import LOSSES, energy_loss, mmd_loss
+from scale.model.losses import LOSSES, SetDistances
+from scale.model.pairing import Pairs
 
 NAMES = sorted(LOSSES)
 INVARIANT = [n for n in NAMES if n != "point"]
@@ -14,6 +15,21 @@ INVARIANT = [n for n in NAMES if n != "point"]
 
 def full(*shape):
     return torch.ones(shape, dtype=torch.bool)
+
+
+def loss_of(name, a, y, w, v):
+    """Cells are the partners of each other in their order, as far as both sets go."""
+    partner = torch.arange(a.shape[1]).clamp(max=y.shape[1] - 1).expand(len(a), -1)
+    pairs = Pairs(partner, v.gather(1, partner) & (torch.arange(a.shape[1]) < y.shape[1]))
+    return LOSSES[name](SetDistances.between(a, y, w, v, pairs))
+
+
+def energy_loss(a, y, w, v):
+    return loss_of("energy", a, y, w, v)
+
+
+def mmd_loss(a, y, w, v):
+    return loss_of("mmd", a, y, w, v)
 
 
 def column(*values):
@@ -85,17 +101,17 @@ def test_mean_and_point_by_hand():
     y = torch.tensor([[[0.0, 0.0], [2.0, 2.0], [4.0, 4.0]]])
     w, v = torch.tensor([[True, True, False]]), full(1, 3)
     # means (2, 3) and (2, 2); the pairs (1, 2)-(0, 0) and (3, 4)-(2, 2)
-    assert LOSSES["mean"](a, y, w, v).item() == pytest.approx(0.5)
-    assert LOSSES["point"](a, y, w, v).item() == pytest.approx((1 + 4 + 1 + 4) / 4)
+    assert loss_of("mean", a, y, w, v).item() == pytest.approx(0.5)
+    assert loss_of("point", a, y, w, v).item() == pytest.approx((1 + 4 + 1 + 4) / 4)
 
 
 @pytest.mark.parametrize("name", INVARIANT)
 def test_order_of_cells_does_not_matter(name):
     a, y = cells(2, 7, 5, seed=1), cells(2, 6, 5, seed=2)
     w, v = full(2, 7), full(2, 6)
-    loss = LOSSES[name](a, y, w, v)
+    loss = loss_of(name, a, y, w, v)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(LOSSES[name](a[:, order], y.flip(1), w, v), loss)
+    torch.testing.assert_close(loss_of(name, a[:, order], y.flip(1), w, v), loss)
 
 
 @pytest.mark.parametrize(
@@ -104,16 +120,16 @@ def test_order_of_cells_does_not_matter(name):
 def test_symmetric(name):
     a, y = cells(2, 7, 5, seed=1), cells(2, 7, 5, seed=2)
     w, v = full(2, 7), full(2, 7)
-    torch.testing.assert_close(LOSSES[name](a, y, w, v), LOSSES[name](y, a, v, w))
+    torch.testing.assert_close(loss_of(name, a, y, w, v), loss_of(name, y, a, v, w))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_changes_nothing(name):
     a, y = cells(2, 7, 5, seed=1), cells(2, 7, 5, seed=2)
     w, v = torch.arange(7).expand(2, 7) < 5, torch.arange(7).expand(2, 7) < 5
-    short = LOSSES[name](a[:, :5], y[:, :5], w[:, :5], v[:, :5])
-    assert torch.equal(LOSSES[name](a, y, w, v), LOSSES[name](a + 9.0 * ~w[..., None], y, w, v))
-    torch.testing.assert_close(LOSSES[name](a, y, w, v), short, rtol=1e-6, atol=1e-6)
+    short = loss_of(name, a[:, :5], y[:, :5], w[:, :5], v[:, :5])
+    assert torch.equal(loss_of(name, a, y, w, v), loss_of(name, a + 9.0 * ~w[..., None], y, w, v))
+    torch.testing.assert_close(loss_of(name, a, y, w, v), short, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,19 +137,32 @@ def test_gradient_against_finite_differences(name):
     a = cells(2, 5, 4, seed=1).double().requires_grad_()
     y = cells(2, 5, 4, seed=2).double()
     w, v = torch.arange(5).expand(2, 5) < 4, torch.arange(5).expand(2, 5) < 5
-    assert torch.autograd.gradcheck(lambda x: LOSSES[name](x, y, w, v), a)
+    assert torch.autograd.gradcheck(lambda x: loss_of(name, x, y, w, v), a)
 
 
-def test_products_have_a_gradient_on_both_sides():
+def test_squared_distances_are_those_of_the_differences():
+    a, y = cells(2, 5, 4, seed=1).double(), cells(2, 6, 4, seed=2).double()
+    w, v = torch.arange(5).expand(2, 5) < 4, torch.arange(6).expand(2, 6) < 5
+    sets = SetDistances.between(a, y, w, v)
+    for table, p, q in (
+        (sets.across_BST, a, y),
+        (sets.predicted_BSS, a, a),
+        (sets.observed_BTT, y, y),
+    ):
+        squared = (p[:, :, None] - q[:, None]).square().sum(-1)
+        torch.testing.assert_close(table, squared, atol=1e-12, rtol=1e-12)
+
+
+def test_gradient_of_squared_distances():
+    # no table is masked: any function of the distances has its gradient
     a = cells(2, 5, 4, seed=1).double().requires_grad_()
-    y = cells(2, 6, 4, seed=2).double().requires_grad_()
+    y = cells(2, 6, 4, seed=2).double()
 
-    def across_and_within(a, y):
-        from scale.model.losses import _Products
+    def tables(x):
+        sets = SetDistances.between(x, y, full(2, 5), full(2, 6))
+        return sets.across_BST.sin(), (1 + sets.predicted_BSS).log()
 
-        return _Products.apply(a, y)
-
-    assert torch.autograd.gradcheck(across_and_within, (a, y))
+    assert torch.autograd.gradcheck(tables, a)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,7 +171,7 @@ def test_gradient_is_finite_where_cells_coincide(name):
     a[:, 3:] = 1.0  # three equal cells twice, equal to observed ones too
     a.requires_grad_()
     mask = torch.arange(6)[None] < 5
-    LOSSES[name](a, a.detach().clone(), mask, mask).sum().backward()
+    loss_of(name, a, a.detach().clone(), mask, mask).sum().backward()
     assert torch.isfinite(a.grad).all()
     assert (a.grad[:, 5] == 0).all()
 

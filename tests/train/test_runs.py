@@ -239,7 +239,7 @@ def test_validation_is_what_it_says(uninterrupted, toy_store_path):
     from training_runs import config
 
     from scale.config import ParallelConfig, ValidationConfig
-    from scale.model.losses import LOSSES
+    from scale.model.losses import SetDistances, energy_loss
     from scale.runtime import World
     from scale.tasks.training import open_data
     from scale.tasks.validation import Validation
@@ -257,8 +257,10 @@ def test_validation_is_what_it_says(uninterrupted, toy_store_path):
     (batch,) = batches
     energy, correlation = [], []
     predicted = loaded.model.sample(batch, num_steps=1)
-    per_set = LOSSES["energy"](
-        predicted, batch.treated_BSG, batch.control_mask_BS, batch.treated_mask_BS
+    per_set = energy_loss(
+        SetDistances.between(
+            predicted, batch.treated_BSG, batch.control_mask_BS, batch.treated_mask_BS
+        )
     )
     for number in batch.condition_B.unique():
         chosen = batch.condition_B == number
