@@ -80,7 +80,7 @@ def make_engine(run: Run, layout: Layout, changes: dict, *, in_double: bool = Fa
 
     model = build(
         sizes(**changes),
-        ObjectiveConfig(mmd_weight=0.2),
+        ObjectiveConfig(mmd_weight=0.2, masked_gene_fraction=0.25),
         precision=run.precision,
         recompute=run.recompute,
     )

@@ -135,5 +135,15 @@ class ObjectiveConfig:
             require(weight >= 0, f"{name} ({weight}) must not be negative")
         require(any(weights.values()), f"one of {', '.join(weights)} must be above 0")
         require_positive("objective.num_steps", self.num_steps)
+        fraction = self.masked_gene_fraction
+        require(
+            0.0 <= fraction < 1.0,
+            f"objective.masked_gene_fraction ({fraction}) must be in [0, 1)",
+        )
+        require(
+            fraction == 0 or self.space is Space.gene,
+            f"objective.masked_gene_fraction ({fraction}) hides genes of points in gene space, and "
+            f"objective.space is {self.space.value}; use 0",
+        )
         if self.time is TimeLaw.zero:
             require(self.num_steps == 1, "objective.time=zero allows objective.num_steps=1 only")

@@ -53,6 +53,7 @@ from scale.model.layers import (
     spread_over_cells,
     whole_names,
 )
+from scale.model.masking import hide_genes
 from scale.model.objective import Losses, Targets, check_masks, loss_names, weighted_losses
 from scale.model.pairing import Pairs, pair, pair_in_order
 from scale.model.sizes import (
@@ -304,11 +305,19 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
         """Return the cells of a point on the path before the first block."""
         ids = ConditionIds.of(batch)
         if self.training:
-            ids = ids.dropped(self.config_sizes, batch.set_index_B, self.seed)
+            ids = ids.dropped(
+                self.config_sizes,
+                batch.set_index_B,
+                self.seed,
+                has_features=self.vocabulary.num_features > 0,
+            )
         time_B = draw_time(self.objective, batch.set_index_B, self.seed)
         point = point_on_path(
             batch.control_BSG, batch.control_mask_BS, pairs.partners(treated_BSG), pairs, time_B
         )
+        if self.training and self.objective.masked_gene_fraction > 0:
+            fraction = self.objective.masked_gene_fraction
+            point, batch = hide_genes(point, batch, fraction, self.seed)
         perturbed = self.condition.perturbed(ids)
         modulation_B6D = self.condition(ids, perturbed, self._summarise(batch), time_B)
         return self._enter(point, perturbed.sum_BD, modulation_B6D, is_full=is_full)

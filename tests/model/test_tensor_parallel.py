@@ -33,7 +33,9 @@ def measure(changes: dict, fault: str | None = None) -> dict:
         finalize_model_grads,
     )
 
-    model = shake(build(sizes(**changes), ObjectiveConfig(mmd_weight=0.2))).double()
+    model = shake(
+        build(sizes(**changes), ObjectiveConfig(mmd_weight=0.2, masked_gene_fraction=0.25))
+    ).double()
     if fault == "unmarked table":
         model.blocks.stack.layers[1].modulation.sequence_parallel = False
     sets = in_float64(masked_batch())
