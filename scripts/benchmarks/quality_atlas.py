@@ -1,6 +1,6 @@
 """Simulated screens for the quality benchmark, as stores with splits.
 
-``fewshot``: the simulator of ``scale demo``, smaller: 500 genes, 6 lines x 24 drugs x 100 cells;
+``fewshot``: the simulator of ``scale demo``, smaller: 500 genes, 6 lines x 24 drugs x 96 cells;
 58 % of the drugs of the last two lines are held out, all are seen in the other lines.
 """
 
@@ -13,8 +13,9 @@ from quality_runs import SPLIT, Dataset, make_dataset
 
 from scale.data.simulate import CONTROL, Atlas, SimulationConfig, simulate
 
-# As many counts per gene as the demo's atlas has; a quarter of the cells are controls.
-SCREEN = SimulationConfig(num_cells=19_200, num_genes=500, mean_library=1_250.0)
+# 96 cells of a condition and 384 controls of a line and plate: whole sets of 32, since arc-state
+# fills others by repeats. Counts per gene as in the demo's atlas.
+SCREEN = SimulationConfig(num_cells=18_432, num_genes=500, mean_library=1_250.0)
 
 
 def fewshot(seed: int, screen: SimulationConfig = SCREEN) -> Dataset:
