@@ -84,6 +84,30 @@ TASKS: dict[str, TaskHelp] = {
         ),
         "a directory: the store",
     ),
+    "features": TaskHelp(
+        "what is known of perturbations beside their names, as a file for training",
+        "Makes vectors by name: Morgan fingerprints of SMILES, labels as mechanism and target, "
+        "or ready numbers such as embeddings of genes. A model that is trained with them "
+        "(data.perturbation_features=FILE) also predicts perturbations it has never seen.",
+        (
+            Setting("input", None, ".csv, .tsv or .npz; must be given"),
+            Setting("name_column", "name", "column with the names, as the store has them"),
+            Setting("smiles_column", "null", "column with SMILES (needs RDKit)"),
+            Setting("label_columns", "[]", "columns with labels; without both, all are numbers"),
+            Setting("label_separator", "null", "text between several labels; null = one each"),
+            Setting("like", "null", "file made before, whose labels and sizes to keep"),
+            Setting("name", "features", "features.npz stands in runs/<name>"),
+            Setting("overwrite", "false", "replace an output that is there"),
+        ),
+        (
+            "scale features input=drugs.csv name_column=drug smiles_column=smiles "
+            "label_columns=[mechanism]",
+            "scale features input=gene_embeddings.npz",
+            "scale features input=new_drugs.csv name_column=drug smiles_column=smiles "
+            "label_columns=[mechanism] like=runs/features/features.npz name=new",
+        ),
+        "runs/<name>/features.npz",
+    ),
     "pretrain": TaskHelp(
         "train a model from scratch on a store",
         "Trains a model to turn a set of control cells into the set of perturbed cells. A run is "
@@ -126,7 +150,8 @@ TASKS: dict[str, TaskHelp] = {
         "perturbed cells from control cells, as h5ad",
         "Applies a trained model: to the control cells of an h5ad (input=), or to the held-out "
         "conditions of a store (store=), one of the two. No perturbed cell is needed. Genes are "
-        "matched by name.",
+        "matched by name. A perturbation that was not in the training needs its features "
+        "(perturbation_features=FILE of scale features) and a model trained with such.",
         (
             Setting("checkpoint", None, "run directory or its export folder; must be given"),
             Setting("input", "null", "h5ad with control cells"),
@@ -142,6 +167,8 @@ TASKS: dict[str, TaskHelp] = {
         (
             "scale predict checkpoint=runs/mine store=data/mine",
             "scale predict checkpoint=runs/mine input=cells.h5ad 'perturbations=[drug A,drug B]'",
+            "scale predict checkpoint=runs/mine input=cells.h5ad 'perturbations=[new drug]' "
+            "perturbation_features=runs/new/features.npz",
         ),
         "runs/<name>/predicted.h5ad: log1p values, with the controls",
     ),

@@ -15,7 +15,7 @@ import ast
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
@@ -234,6 +234,12 @@ class Vocabulary:
         log1p values are divided by this number before the model sees them.
     library_key
         Column of ``.obs`` with total counts, where the source's matrix was cut to some genes.
+    feature_blocks
+        What the numbers of a component's features are: kind, size and making of each run of them.
+    feature_sha256
+        Hash of the file they came from, or None.
+    described
+        Agents that were never trained on and are known by their features; rows behind the table.
     """
 
     genes: tuple[str, ...]
@@ -250,6 +256,19 @@ class Vocabulary:
     target_sum: float
     value_scale: float
     library_key: str | None = None
+    feature_blocks: tuple[Mapping[str, Any], ...] = ()
+    feature_sha256: str | None = None
+    described: tuple[str, ...] = ()
+
+    @property
+    def num_features(self) -> int:
+        """Numbers that describe a component beside its name; 0 = none."""
+        return sum(int(block["size"]) for block in self.feature_blocks)
+
+    @property
+    def row_of(self) -> dict[str, int]:
+        """Agent -> its row; rows from the length of ``components`` on are described agents."""
+        return {name: row for row, name in enumerate((*self.components, *self.described))}
 
     @property
     def genes_sha256(self) -> str:
@@ -262,14 +281,15 @@ class Vocabulary:
         Raises
         ------
         ValueError
-            If a component was never seen in training; the message names the nearest known ones.
+            If a component was never seen in training and has no feature; the message names the
+            nearest known ones.
         """
         rows = []
-        known = {name: row for row, name in enumerate(self.components)}
+        known = self.row_of
         for component in perturbation.components:
             row = known.get(component.name, UNKNOWN_COMPONENT)
             if row == UNKNOWN_COMPONENT:
-                choices = self.components[CONTROL_COMPONENT + 1 :]
+                choices = (*self.components[CONTROL_COMPONENT + 1 :], *self.described)
                 raise ValueError(
                     f"perturbation {component.name!r} was not seen in training and has no "
                     f"feature; {did_you_mean(component.name, choices)}"
@@ -286,12 +306,13 @@ class Vocabulary:
     def read(cls, path: Path) -> Vocabulary:
         """Read what :meth:`save` wrote."""
         record: Mapping[str, Any] = json.loads(path.read_text())
-        missing = {f.name for f in fields(cls)} - set(record)
+        missing = {f.name for f in fields(cls) if f.default is MISSING} - set(record)
         if missing:
             raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
         values: dict[str, Any] = {
             f.name: tuple(record[f.name]) if isinstance(record[f.name], list) else record[f.name]
             for f in fields(cls)
+            if f.name in record
         }
         return cls(**values)
 

@@ -21,6 +21,7 @@ from scale.runtime import EXIT_AGAIN, World, package_version, start_logging
 SCALE = [sys.executable, "-m", "scale"]
 SIZES = ("base", "large", "small", "tiny", "xl")
 GIVEN = {
+    "features": ["input=drugs.csv"],
     "finetune": ["start_from=runs/x"],
     "predict": ["checkpoint=runs/x", "input=cells.h5ad"],
     "evaluate": ["predicted=a.h5ad", "observed=b.h5ad"],
@@ -53,7 +54,7 @@ def command(text, capsys):
     ("typed", "answer"),
     [
         ("pretrian", "scale: no task 'pretrian'; did you mean 'pretrain'?"),
-        ("fit", "scale: no task 'fit'; known: demo, evaluate, finetune, info, predict, prepare, "),
+        ("fit", "scale: no task 'fit'; known: demo, evaluate, features, finetune, info, predict, "),
         (
             "pretrain modle=base",
             "scale: no setting 'modle' in 'the config' (modle=base); did you mean 'model'?",

@@ -15,6 +15,7 @@ from scale.config import SCHEMAS, PretrainConfig, compose, config_dir, from_yaml
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir())
 GIVEN = {
+    "features": ["input=drugs.csv"],
     "finetune": ["start_from=runs/x"],
     "predict": ["checkpoint=runs/x", "input=cells.h5ad"],
     "evaluate": ["predicted=a.h5ad", "observed=b.h5ad"],

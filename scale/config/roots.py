@@ -85,6 +85,39 @@ class PrepareConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class FeaturesConfig:
+    """Settings of ``scale features``."""
+
+    name: str = MISSING
+    run_dir: str = MISSING
+    input: str = MISSING
+    """Table of perturbations (.csv, .tsv), or .npz with arrays names and vectors."""
+    output: str | None = None
+    """File to write; null = features.npz in the run directory."""
+    name_column: str = "name"
+    """Column with the name of a drug or gene, as the perturbations of the store have it."""
+    smiles_column: str | None = None
+    """Column with the structure, for a Morgan fingerprint."""
+    label_columns: list[str] = field(default_factory=list)
+    """Columns with labels (mechanism, target); with neither, all columns are numbers."""
+    label_separator: str | None = None
+    """Text between several labels of a perturbation, as a comma; null = one label each."""
+    fingerprint_radius: int = 2
+    """Bonds around an atom."""
+    fingerprint_bits: int = 1024
+    like: str | None = None
+    """A file made before, whose labels and sizes the new one is to have."""
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.fingerprint_radius >= 0,
+            f"fingerprint_radius ({self.fingerprint_radius}) must not be negative",
+        )
+        require_positive("fingerprint_bits", self.fingerprint_bits)
+
+
+@dataclass(kw_only=True, slots=True)
 class PretrainConfig:
     """Settings of ``scale pretrain``."""
 
@@ -144,6 +177,8 @@ class PredictConfig:
     """TSV with columns cell_type, perturbation, and optionally dose, num_cells."""
     perturbations: list[str] = field(default_factory=list)
     """Labels to simulate; empty = all that the model knows."""
+    perturbation_features: str | None = None
+    """File of vectors (.npz) for perturbations that the model was not trained on."""
     perturbation_key: str | None = None
     """Columns of the input; null = as in training."""
     cell_type_key: str | None = None
@@ -249,6 +284,7 @@ class InfoConfig:
 
 SCHEMAS: dict[str, type] = {
     "prepare": PrepareConfig,
+    "features": FeaturesConfig,
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "predict": PredictConfig,

@@ -1,16 +1,19 @@
 r"""Perturbation, dose, cell type, batch, population and time -> the condition of a set.
 
 .. math::
+    a_j = \mathrm{table}[j] + F(v_j), \quad
     e_j = a_j (1 + A \delta_j) + C \delta_j, \quad
     u = \mathrm{Attention}(\mathrm{seed}, [e_1 \dots e_J, e_c, e_b, m]), \quad
     \mathrm{mod} = W \, \mathrm{SiLU}(u + \sum_j e_j + \mathrm{TimeMLP}(t))
 
-with a_j a row of the component table and delta_j the encoded log10 dose. A, C and W start at zero.
-A combination is a sum over its components, so their order cannot matter. Everything here is
-float32 and the same on all ranks that share the cells of a set.
+with v_j the features of a component, where it has any, and delta_j its encoded log10 dose. A, C and
+W start at zero. What was never trained on is row 0 of the table, the unknown, and its features. A
+combination is a sum over its components, so their order cannot matter. ``model.fusion=sum`` puts
+the sum of the tokens in place of :math:`u + \sum_j e_j`. Everything here is float32 and the same on
+all ranks that share the cells of a set.
 
 Shapes: B = sets in the batch, J = components of a perturbation, K = condition tokens, H = heads,
-D = width, F = frequencies.
+D = width, C = components that a vocabulary knows, V = numbers of a feature.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scale.config import ModelConfig
+from scale.config import Fusion, ModelConfig
 from scale.model.layers import NUM_MODULATIONS, constant_start, embedding_start
 from scale.runtime import uniform
 from scale.types import ABSENT, UNKNOWN_COMPONENT, Batch, Vocabulary
@@ -31,6 +34,7 @@ HIDE_PERTURBATION = 13
 """Purposes of the model's draws are numbers from 11; this one hides the perturbation."""
 HIDE_CELL_TYPE = 15
 HIDE_BATCH = 16
+HIDE_NAME = 17
 
 NUM_DOSE_FREQUENCIES = 16
 NUM_TIME_FREQUENCIES = 128
@@ -43,17 +47,21 @@ class ConditionIds:
     Parameters
     ----------
     component_BJ
-        Rows of the component table, ``ABSENT`` where there is none.
+        Rows of the component table, ``ABSENT`` where there is none. Rows behind its end are
+        components that are known by their features alone.
     dose_BJ
         In the unit of the training data, NaN where there is none.
     cell_type_B, batch_B
         Rows of their tables; 0 is the unknown.
+    hidden_BJ
+        Components that are taken as unknown if they have features; None = none of them.
     """
 
     component_BJ: Tensor
     dose_BJ: Tensor
     cell_type_B: Tensor
     batch_B: Tensor
+    hidden_BJ: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> ConditionIds:
@@ -73,12 +81,20 @@ class ConditionIds:
             dose_BJ=torch.where(hidden_B[:, None], no_dose_BJ, self.dose_BJ),
         )
 
-    def dropped(self, config: ModelConfig, index_B: Tensor, seed: int) -> ConditionIds:
+    def dropped(
+        self, config: ModelConfig, index_B: Tensor, seed: int, *, has_features: bool
+    ) -> ConditionIds:
         """Return the ids with some hidden, as drawn for these numbers of sets.
 
-        The null rows learn the mean response of a context, and to do without its name.
+        The null rows learn the mean response of a context, and to do without its name; the map of
+        features learns to do without the name of a perturbation.
         """
         ids = self
+        if has_features and config.identity_dropout > 0:
+            draw_BJ = torch.stack(
+                [uniform(index_B, seed, HIDE_NAME, j) for j in range(self.component_BJ.shape[1])], 1
+            )
+            ids = replace(ids, hidden_BJ=draw_BJ < config.identity_dropout)
         if config.condition_dropout > 0:
             hidden_B = uniform(index_B, seed, HIDE_PERTURBATION) < config.condition_dropout
             ids = ids.without_perturbation(hidden_B)
@@ -100,6 +116,26 @@ class Perturbed:
     sum_BD: Tensor
 
 
+class FeatureMap(nn.Module):
+    """Features of a component -> its vector; exactly 0 for a component without."""
+
+    feature_CV: Tensor
+
+    def __init__(self, num_components: int, num_features: int, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(num_features, width)
+        self.outer = nn.Linear(width, width)
+        # Kept with the weights, so that a model needs no other file for the names it knows.
+        self.register_buffer("feature_CV", torch.zeros(num_components, num_features))
+
+    def forward(self, component_BJ: Tensor) -> tuple[Tensor, Tensor]:
+        """Return vectors [B, J, D], and which components have features [B, J]."""
+        feature_BJV = F.embedding(component_BJ, self.feature_CV)
+        is_known_BJ = feature_BJV.any(-1)
+        mapped_BJD = self.outer(F.silu(self.inner(feature_BJV)))
+        return mapped_BJD * is_known_BJ[..., None], is_known_BJ
+
+
 class ConditionEncoder(nn.Module):
     """Tables and small maps that turn the facts of a set into the modulation of its layers."""
 
@@ -109,6 +145,7 @@ class ConditionEncoder(nn.Module):
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         width, self.num_heads = config.hidden_size, config.num_heads
+        self.fusion = config.fusion
         self.component_table = _table(len(vocabulary.components), width)
         self.cell_type_table = _table(len(vocabulary.cell_types) + 1, width)
         self.batch_table = _table(len(vocabulary.batches) + 1, width)
@@ -120,11 +157,16 @@ class ConditionEncoder(nn.Module):
         self.time = nn.Sequential(
             nn.Linear(2 * NUM_TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.seed_1D = embedding_start(nn.Parameter(torch.zeros(1, width)), 1.0)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.features = None
+        if vocabulary.num_features:
+            num_components = len(vocabulary.components) + len(vocabulary.described)
+            self.features = FeatureMap(num_components, vocabulary.num_features, width)
+        if self.fusion is Fusion.seed_attention:
+            self.seed_1D = embedding_start(nn.Parameter(torch.zeros(1, width)), 1.0)
+            self.query = nn.Linear(width, width, bias=False)
+            self.key = nn.Linear(width, width, bias=False)
+            self.value = nn.Linear(width, width, bias=False)
+            self.out = nn.Linear(width, width, bias=False)
         self.modulation = nn.Linear(width, NUM_MODULATIONS * width)
         for module in (self.dose_scale, self.dose_shift, self.modulation):
             for parameter in module.parameters():
@@ -138,10 +180,19 @@ class ConditionEncoder(nn.Module):
         exponent_F = torch.arange(NUM_TIME_FREQUENCIES) / NUM_TIME_FREQUENCIES
         self.register_buffer("time_frequency_F", 1e4**-exponent_F, persistent=False)
 
+    def set_features(self, feature_CV: Tensor) -> None:
+        """Keep the features of all components, zeros where there are none; saved with the weights.
+
+        More components than there were are names that were learned of after training.
+        """
+        assert self.features is not None, "a vocabulary without features"
+        held_CV = self.features.feature_CV
+        self.features.feature_CV = feature_CV.to(held_CV)
+
     def perturbed(self, ids: ConditionIds) -> Perturbed:
         """Return the vectors of each set's perturbation."""
         present_BJ = ids.component_BJ != ABSENT
-        row_BJD = F.embedding(ids.component_BJ.clamp(min=0), self.component_table)
+        row_BJD = self._component_vectors(ids)
         has_dose_BJ = torch.isfinite(ids.dose_BJ) & (ids.dose_BJ > 0)
         # A real number stands in where there is no dose: NaN would reach the gradient.
         log_dose_BJ = torch.where(has_dose_BJ, ids.dose_BJ, 1.0).log10().to(row_BJD.dtype)
@@ -153,6 +204,19 @@ class ConditionEncoder(nn.Module):
         component_BJD = component_BJD * present_BJ[..., None]
         return Perturbed(component_BJD, present_BJ, component_BJD.sum(1))
 
+    def _component_vectors(self, ids: ConditionIds) -> Tensor:
+        """Return the vector of each component without its dose."""
+        component_BJ = ids.component_BJ.clamp(min=0)
+        if self.features is None:
+            return F.embedding(component_BJ, self.component_table)
+        mapped_BJD, is_known_BJ = self.features(component_BJ)
+        is_unknown_BJ = component_BJ >= len(self.component_table)
+        if ids.hidden_BJ is not None:
+            is_unknown_BJ = is_unknown_BJ | (ids.hidden_BJ & is_known_BJ)
+        row_BJ = component_BJ.masked_fill(is_unknown_BJ, UNKNOWN_COMPONENT)
+        vector_BJD: Tensor = F.embedding(row_BJ, self.component_table) + mapped_BJD
+        return vector_BJD
+
     def forward(
         self, ids: ConditionIds, perturbed: Perturbed, summary_BD: Tensor, time_B: Tensor
     ) -> Tensor:
@@ -163,7 +227,10 @@ class ConditionEncoder(nn.Module):
         token_BKD = torch.cat([perturbed.component_BJD, facts_B3D], 1)
         present_BK = F.pad(perturbed.present_BJ, (0, 3), value=True)
         time_B256 = _waves(1000.0 * time_B.to(token_BKD.dtype), self.time_frequency_F)
-        condition_BD = self._attend(token_BKD, present_BK) + perturbed.sum_BD
+        if self.fusion is Fusion.sum:  # absent components are zeros
+            condition_BD = token_BKD.sum(1)
+        else:
+            condition_BD = self._attend(token_BKD, present_BK) + perturbed.sum_BD
         condition_BD = condition_BD + self.time(time_B256)
         rows_B6D: Tensor = self.modulation(F.silu(condition_BD))
         return rows_B6D.view(len(rows_B6D), NUM_MODULATIONS, -1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scale.config import ModelConfig
+from scale.config import Fusion, ModelConfig
 from scale.model.condition import NUM_DOSE_FREQUENCIES, NUM_TIME_FREQUENCIES
 from scale.model.encoder import gene_ffn_size
 from scale.types import Vocabulary
@@ -55,7 +55,9 @@ def count_parameters(config: ModelConfig, vocabulary: Vocabulary) -> int:
     rows = len(vocabulary.components) + len(vocabulary.cell_types) + len(vocabulary.batches) + 2
     time = 2 * NUM_TIME_FREQUENCIES * d + d + d * d + d
     dose = 2 * NUM_DOSE_FREQUENCIES * d + d + d * d + d + 2 * d * d
-    condition = rows * d + time + dose + d + 4 * d * d + 6 * d * d + 6 * d
+    attention = d + 4 * d * d if config.fusion is Fusion.seed_attention else 0
+    features = (vocabulary.num_features + d + 2) * d if vocabulary.num_features else 0
+    condition = rows * d + time + dose + features + attention + 6 * d * d + 6 * d
     return encoder + summary + blocks + condition + readout
 
 

@@ -102,7 +102,7 @@ def test_what_is_hidden_depends_on_the_number_of_the_set():
     n = 4000
     known = ids([[3, 4]] * n, [[1.0, NAN]] * n, [1] * n, [2] * n)
     index = torch.arange(n)
-    dropped = known.dropped(config, index, seed=1)
+    dropped = known.dropped(config, index, seed=1, has_features=False)
     hidden = dropped.component_BJ[:, 0] == 0
     assert (dropped.component_BJ[hidden, 1] == ABSENT).all()
     assert dropped.dose_BJ[hidden].isnan().all()
@@ -115,12 +115,14 @@ def test_what_is_hidden_depends_on_the_number_of_the_set():
         error = math.sqrt(expected * (1 - expected) / n)
         assert abs(share.float().mean().item() - expected) < 4 * error
     part = ids([[3, 4]] * 10, [[1.0, NAN]] * 10, [1] * 10, [2] * 10)
-    again = part.dropped(config, index[500:510], seed=1)
+    again = part.dropped(config, index[500:510], seed=1, has_features=False)
     assert torch.equal(again.component_BJ, dropped.component_BJ[500:510])
     assert torch.equal(again.batch_B, dropped.batch_B[500:510])
 
 
 def test_nothing_is_hidden_at_zero():
-    config = sizes(condition_dropout=0.0, cell_type_dropout=0.0, batch_dropout=0.0)
+    config = sizes(
+        condition_dropout=0.0, cell_type_dropout=0.0, batch_dropout=0.0, identity_dropout=0.0
+    )
     known = ids([[3, 4]], [[1.0, NAN]])
-    assert known.dropped(config, torch.arange(1), seed=1) is known
+    assert known.dropped(config, torch.arange(1), seed=1, has_features=True) is known
