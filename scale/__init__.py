@@ -44,7 +44,13 @@ __all__ = [
 ]
 
 
-def load(source: str | Path, *, checkpoint: str = "last", device: str = "auto") -> Predictor:
+def load(
+    source: str | Path,
+    *,
+    checkpoint: str = "last",
+    device: str = "auto",
+    perturbation_features: str | Path | None = None,
+) -> Predictor:
     """Return a predictor from a run directory, a checkpoint or an export.
 
     Parameters
@@ -56,6 +62,8 @@ def load(source: str | Path, *, checkpoint: str = "last", device: str = "auto") 
         Which checkpoint of a run: ``last`` or ``step_00001000``.
     device
         ``auto``, ``cpu`` or ``cuda``.
+    perturbation_features
+        File of ``scale features``: perturbations in it can be predicted without being trained on.
 
     Raises
     ------
@@ -71,7 +79,12 @@ def load(source: str | Path, *, checkpoint: str = "last", device: str = "auto") 
     """
     from scale.predict import predictor
 
-    return predictor.load(source, checkpoint=checkpoint, device=device)
+    return predictor.load(
+        source,
+        checkpoint=checkpoint,
+        device=device,
+        perturbation_features=perturbation_features,
+    )
 
 
 def open_store(path: str | Path, *, verify: Literal["index", "full"] = "index") -> CellSetStore:

@@ -225,6 +225,23 @@ def describe_names(vocabulary: Vocabulary, table: FeatureTable, names: Iterable[
     )
 
 
+def check_features(path: str | None, vocabulary: Vocabulary) -> None:
+    """Refuse a file that is not the one whose features a vocabulary has.
+
+    Raises
+    ------
+    PlanError
+        Naming both hashes.
+    """
+    table = read_features(path)
+    if table is not None and table.sha256 != vocabulary.feature_sha256:
+        raise PlanError(
+            f"{path} has changed since the run began: sha256 {table.sha256[:12]}.., the checkpoint "
+            f"names {str(vocabulary.feature_sha256)[:12]}..; put the old file back, or give "
+            "another name="
+        )
+
+
 def feature_rows(table: FeatureTable, vocabulary: Vocabulary) -> Floats:
     """Return the features of all components that a vocabulary knows [C, V]; specials have none."""
     specials = CONTROL_COMPONENT + 1

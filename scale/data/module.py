@@ -21,6 +21,7 @@ import torch
 from scale.config import DataConfig
 from scale.data.control_pool import ControlPool
 from scale.data.draws import Integers
+from scale.data.features import read_features
 from scale.data.loader import Normalisation, SetReader
 from scale.data.rank_share import RankShare
 from scale.data.sampler import PLAN_VERSION, SetPlan
@@ -124,12 +125,12 @@ class CellSetDataModule:
         self._is_control = self.store.conditions["is_control"].to_numpy(bool)
         self._has_own_vocabulary = vocabulary is None
         if vocabulary is None:
-            targets = self._train_targets()
             vocabulary = make_vocabulary(
                 self.store,
-                targets,
+                self._train_targets(),
                 target_sum=config.target_sum,
                 value_scale=config.value_scale,
+                features=read_features(config.perturbation_features),
             )
         for name in ("target_sum", "value_scale"):
             ours, theirs = getattr(config, name), getattr(vocabulary, name)

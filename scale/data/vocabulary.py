@@ -20,6 +20,7 @@ import torch
 
 from scale.data.compact import Projection
 from scale.data.draws import Integers
+from scale.data.features import FeatureTable, describe_names
 from scale.data.genes import GeneVocabulary
 from scale.data.store import CellSetStore
 from scale.types import (
@@ -77,7 +78,12 @@ def _names(store: CellSetStore, conditions: Sequence[int]) -> _Names:
 
 
 def make_vocabulary(
-    store: CellSetStore, conditions: Sequence[int], *, target_sum: float, value_scale: float
+    store: CellSetStore,
+    conditions: Sequence[int],
+    *,
+    target_sum: float,
+    value_scale: float,
+    features: FeatureTable | None = None,
 ) -> Vocabulary:
     """Return the vocabulary of a store for a model that is trained on some of its conditions.
 
@@ -89,9 +95,11 @@ def make_vocabulary(
         Ids of the conditions whose cells are to be predicted in training.
     target_sum, value_scale
         How counts become values.
+    features
+        Features of perturbations; those of the store that have some are known by them.
     """
     names = _names(store, conditions)
-    return Vocabulary(
+    vocabulary = Vocabulary(
         genes=store.genes.symbols,
         components=(UNKNOWN_NAME, store.control, *names.components),
         cell_types=tuple(names.cell_types),
@@ -101,10 +109,14 @@ def make_vocabulary(
         value_scale=value_scale,
         **_source_names(store),
     )
+    return _described(vocabulary, store, features)
 
 
 def extend_vocabulary(
-    vocabulary: Vocabulary, store: CellSetStore, conditions: Sequence[int]
+    vocabulary: Vocabulary,
+    store: CellSetStore,
+    conditions: Sequence[int],
+    features: FeatureTable | None = None,
 ) -> Vocabulary:
     """Return a vocabulary to which the new names of a store are appended, sorted among themselves.
 
@@ -119,20 +131,35 @@ def extend_vocabulary(
         Store to be trained on.
     conditions
         Ids of its training conditions; see :func:`scale.data.module.training_conditions`.
+    features
+        Features of its perturbations, of the same blocks as the checkpoint's if that has any.
     """
     names = _names(store, conditions)
 
     def extended(old: tuple[str, ...], new: Iterable[str]) -> tuple[str, ...]:
         return (*old, *(name for name in new if name not in set(old)))
 
-    return replace(
+    components = extended(vocabulary.components, names.components)
+    new = replace(
         vocabulary,
-        components=extended(vocabulary.components, names.components),
+        components=components,
         cell_types=extended(vocabulary.cell_types, names.cell_types),
         batches=extended(vocabulary.batches, names.batches),
         perturbations=tuple(sorted({*vocabulary.perturbations, *names.perturbations})),
+        described=tuple(name for name in vocabulary.described if name not in set(components)),
         **_source_names(store),
     )
+    return _described(new, store, features)
+
+
+def _described(
+    vocabulary: Vocabulary, store: CellSetStore, features: FeatureTable | None
+) -> Vocabulary:
+    """Return a vocabulary that knows all perturbations of the store that have features."""
+    if features is None:
+        return vocabulary
+    names = {c.name for p in store.perturbations for c in p.components} - {store.control}
+    return describe_names(vocabulary, features, names)
 
 
 def _source_names(store: CellSetStore) -> dict[str, Any]:
@@ -153,7 +180,7 @@ def _source_names(store: CellSetStore) -> dict[str, Any]:
 
 def make_table(store: CellSetStore, vocabulary: Vocabulary) -> ConditionTable:
     """Return what batches say of each condition; names out of the vocabulary become unknown."""
-    row_of = {name: row for row, name in enumerate(vocabulary.components)}
+    row_of = vocabulary.row_of
     size = max(len(p.components) for p in store.perturbations)
     component = np.full((len(store.perturbations), size), ABSENT, np.int64)
     dose = np.full((len(store.perturbations), size), np.nan, np.float32)

@@ -21,6 +21,8 @@ _GENE_AXES: dict[str, Callable[[Tensor], Tensor]] = {
     "basis_GP": lambda x: x,
 }
 """Weights with one row per gene, and how to see them as such."""
+_FEATURE_MAP = "condition.features."
+_FEATURES = "condition.features.feature_CV"
 _PER_PATCH = "encoder.identity_TE"
 
 
@@ -34,7 +36,8 @@ def extend_state(
 
     Rows of a table move with their names; a new name starts at the mean of the named rows. Where
     the genes differ, the weights of a gene move with its symbol, those of a new gene stay fresh
-    (a readout of zero), and patches keep their identity by place.
+    (a readout of zero), and patches keep their identity by place. Features of a name that has none
+    in ``fresh`` are those of the checkpoint; their map stays fresh where that had none.
 
     Parameters
     ----------
@@ -57,11 +60,16 @@ def extend_state(
         if not isinstance(start, Tensor):  # Megatron's empty extra states
             result[name] = start
             continue
+        if name.startswith(_FEATURE_MAP) and not old.num_features:
+            result[name] = start
+            continue
         if name not in trained:
             raise CheckpointError(f"the checkpoint lacks {name}; it was made by another model")
         value = trained[name]
         if name in tables:
             value = _move_table(start, value, *tables[name])
+        elif name == _FEATURES:
+            value = _move_features(start, value, old, new)
         elif not same_genes:
             value = _move_genes(name, start, value, old.genes, new.genes)
         if value.shape != start.shape:
@@ -99,6 +107,16 @@ def _move_table(
         to, of = zip(*places, strict=True)
         table[list(to)] = value[list(of)]
     return table.to(start.device)
+
+
+def _move_features(start: Tensor, value: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor:
+    """Return the features of the new names: those given anew, else those of the checkpoint."""
+    moved = start.clone()
+    has_own = start.any(1).tolist()
+    for name, row in new.row_of.items():
+        if not has_own[row] and name in old.row_of:
+            moved[row] = value[old.row_of[name]]
+    return moved
 
 
 def _move_genes(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +22,13 @@ import torch
 from anndata import AnnData
 
 from scale.predict.output import Block, H5adWriter
+from scale.predict.pool import pool_rows, set_sizes
 from scale.predict.query import Controls, Query, QueryKeys, Request
+from scale.predict.unseen import learn_features
 from scale.runtime import (
     World,
     atomic_path,
     choose_device,
-    derive,
-    mix64_array,
     package_version,
 )
 from scale.train.checkpoint import load_for_prediction
@@ -41,9 +40,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with (cells done, cells in all)."""
 
-_POOL_ORDER = 21
-"""Purpose of the draw that orders a pool of controls."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Sampling:
@@ -53,7 +49,13 @@ class _Sampling:
     sets_per_batch: int
 
 
-def load(source: str | Path, *, checkpoint: str = "last", device: str = "auto") -> Predictor:
+def load(
+    source: str | Path,
+    *,
+    checkpoint: str = "last",
+    device: str = "auto",
+    perturbation_features: str | Path | None = None,
+) -> Predictor:
     """Return a predictor from a run directory, a checkpoint or an export.
 
     Parameters
@@ -65,6 +67,8 @@ def load(source: str | Path, *, checkpoint: str = "last", device: str = "auto") 
         Which checkpoint of a run: ``last`` (its export where there is one) or ``step_00001000``.
     device
         ``auto``, ``cpu`` or ``cuda``.
+    perturbation_features
+        File of ``scale features``: perturbations in it can be predicted without being trained on.
 
     Raises
     ------
@@ -81,7 +85,10 @@ def load(source: str | Path, *, checkpoint: str = "last", device: str = "auto") 
         if not path.exists():
             raise FileNotFoundError(f"no checkpoint at {path}")
     loaded = load_for_prediction(path, choose_device(device, World(0, 1, 0)))
-    return Predictor(loaded.model, loaded.vocabulary, source_sha256=loaded.sha256)
+    vocabulary = loaded.vocabulary
+    if perturbation_features is not None:
+        vocabulary = learn_features(loaded.model, vocabulary, Path(perturbation_features))
+    return Predictor(loaded.model, vocabulary, source_sha256=loaded.sha256)
 
 
 class Predictor:
@@ -283,8 +290,8 @@ class Predictor:
                 progress(done, total)
 
     def _predict_condition(self, controls: Controls, request: Request, options: _Sampling) -> Block:
-        pool = _pool_rows(controls, request, options.seed)
-        set_size, num_summary = _set_sizes(
+        pool = pool_rows(controls, request, options.seed)
+        set_size, num_summary = set_sizes(
             len(pool), self.model.config_sizes.set_size, self.model.config_sizes.num_summary_cells
         )
         num_sets = -(-request.num_cells // set_size)
@@ -362,36 +369,6 @@ class Predictor:
 
 def _index(names: Sequence[str], name: str | None) -> int:
     return names.index(name) if name in names else ABSENT
-
-
-def _pool_rows(controls: Controls, request: Request, seed: int) -> npt.NDArray[np.int64]:
-    """Rows of the control cells a condition starts from, in an order of its own."""
-    usable = controls.obs["may_start"].to_numpy() & (
-        controls.obs["cell_type"].to_numpy() == request.cell_type
-    )
-    if request.batch is not None:
-        same_batch = usable & (controls.obs["batch"].to_numpy() == request.batch)
-        usable = same_batch if same_batch.sum() >= 2 else usable
-    rows = np.flatnonzero(usable)
-    if len(rows) < 2:
-        known = sorted(set(controls.obs["cell_type"]))
-        raise ValueError(
-            f"cell type {request.cell_type!r} has {len(rows)} control cells; at least 2 are "
-            f"needed. Cell types with controls: {', '.join(known)}"
-        )
-    # The order depends on the names of the condition, not on its place among the requests.
-    name = f"{request.cell_type}\n{request.batch}\n{request.perturbation.label}".encode()
-    key = derive(seed, _POOL_ORDER, int.from_bytes(sha256(name).digest()[:8], "big"))
-    hashes = mix64_array(np.arange(len(rows), dtype=np.uint64) ^ np.uint64(key))
-    return np.asarray(rows[np.argsort(hashes, kind="stable")], dtype=np.int64)
-
-
-def _set_sizes(pool_size: int, set_size: int, num_summary: int) -> tuple[int, int]:
-    """Cells of a set and of its summary draw; a pool too small for both is divided."""
-    if pool_size >= set_size + num_summary:
-        return set_size, num_summary
-    summary = max(1, pool_size * num_summary // (set_size + num_summary))
-    return min(set_size, pool_size - summary), summary
 
 
 def _control_block(controls: Controls, value_scale: float) -> Block:

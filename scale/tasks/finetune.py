@@ -4,6 +4,7 @@ scale finetune start_from=runs/tahoe-base data.store=data/mine name=mine
 
 The sizes are those of the checkpoint. New perturbations, cell types and batches get rows of their
 own, which begin at the mean of their table; the list of genes stays, unless ``replace_genes``.
+Features of perturbations that the checkpoint has are kept; a file adds those of new ones.
 """
 
 import logging
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from scale.config import FinetuneConfig
+from scale.data.features import read_features
 from scale.data.module import training_conditions
 from scale.data.store import CellSetStore
 from scale.data.vocabulary import extend_vocabulary
@@ -57,6 +59,7 @@ def _prepare(
         record, vocabulary, layout, seed=seed, recompute=config.parallel.recompute
     )
     if start is not None:
+        training.set_features(model, config.data)
         _take_weights(model, start, old, record, layout)
         if config.replace_genes:
             training.set_statistics(model, data)
@@ -92,7 +95,8 @@ def _extended(config: FinetuneConfig, old: Vocabulary) -> Vocabulary:
     data = config.data
     store = CellSetStore.open(data.store, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes)
     try:
-        new = extend_vocabulary(old, store, training_conditions(store, data))
+        features = read_features(data.perturbation_features)
+        new = extend_vocabulary(old, store, training_conditions(store, data), features)
         if config.replace_genes:
             new = replace(new, genes=store.genes.symbols)
     finally:

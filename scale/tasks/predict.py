@@ -2,6 +2,8 @@
 
 scale predict checkpoint=runs/mine input=cells.h5ad 'perturbations=[drug A,drug B]'
 scale predict checkpoint=runs/mine store=data/mine
+scale predict checkpoint=runs/mine input=cells.h5ad 'perturbations=[new drug]' \
+    perturbation_features=runs/new/features.npz
 """
 
 import logging
@@ -36,7 +38,11 @@ def run(config: PredictConfig) -> int:
     start_logging(run_dir / "predict.log", World(0, 1, 0))
     (run_dir / "config.yaml").write_text(to_yaml(config))
     record = RunRecord(run_dir, World(0, 1, 0), {"checkpoint": config.checkpoint})
-    predictor = load(config.checkpoint, device=config.device.value)
+    predictor = load(
+        config.checkpoint,
+        device=config.device.value,
+        perturbation_features=config.perturbation_features,
+    )
     logger.info("%r", predictor)
     requests: list[Request] | None
     if config.store is not None:

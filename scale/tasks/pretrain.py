@@ -40,6 +40,7 @@ def _prepare(
     )
     if resumed is None:
         training.set_statistics(model, data)
+        training.set_features(model, config.data)
     return training.Prepared(
         model=model,
         record=record,

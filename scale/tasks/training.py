@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from scale.config import (
@@ -24,6 +25,7 @@ from scale.config import (
     from_yaml,
     to_yaml,
 )
+from scale.data.features import check_features, feature_rows, read_features
 from scale.data.module import CellSetDataModule
 from scale.data.split_file import find_split_file
 from scale.model.model import ScaleModel
@@ -53,7 +55,7 @@ from scale.train.parallel import (
 )
 from scale.train.record import ModelRecord, read_json
 from scale.train.watchdog import naming_lost_ranks
-from scale.types import Vocabulary
+from scale.types import CONTROL_COMPONENT, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -247,6 +249,8 @@ def open_data(
     vocabulary: Vocabulary | None,
 ) -> CellSetDataModule:
     """Return the data module with this rank's share of the sets."""
+    if vocabulary is not None:
+        check_features(config.perturbation_features, vocabulary)
     return CellSetDataModule(
         config,
         set_size=model.set_size,
@@ -286,6 +290,23 @@ def set_statistics(model: ScaleModel, data: CellSetDataModule) -> None:
     model.set_statistics(statistics.mean_G, statistics.basis_GP)
     for buffer in (model.mean_G, model.basis_GP):
         dist.broadcast(buffer, src=0)
+
+
+def set_features(model: ScaleModel, config: DataConfig) -> None:
+    """Give the model the features of the perturbations it knows, where the run has a file."""
+    table = read_features(config.perturbation_features)
+    if table is None or not model.pre_process:
+        return
+    feature_CV = feature_rows(table, model.vocabulary)
+    model.condition.set_features(torch.from_numpy(feature_CV))
+    num_trained = len(model.vocabulary.components)
+    logger.info(
+        "features: %s; %d of the %d perturbations have them, %d more are known by them alone",
+        table.describe(),
+        int(feature_CV[:num_trained].any(1).sum()),
+        num_trained - CONTROL_COMPONENT - 1,
+        len(model.vocabulary.described),
+    )
 
 
 def check_sizes(config: Config, model: ModelConfig, layout: Layout) -> None:
