@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -116,6 +116,18 @@ def uniform(index_B: Tensor, seed: int, purpose: int, draw: int = 0) -> Tensor:
     key = _signed(derive(seed, purpose, draw))
     bits = mix64_tensor(mix64_tensor(index_B.to(torch.int64) ^ key))
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) / float(1 << 24)
+
+
+def normal(index_B: Tensor, seed: int, purpose: int, shape: Sequence[int]) -> Tensor:
+    """Return standard normal numbers [B, *shape]: a pure function of (index, place) and the key."""
+    import torch
+
+    place = torch.arange(math.prod(shape), device=index_B.device).view(1, *shape)
+    index = mix64_tensor(index_B.to(torch.int64) ^ _signed(derive(seed, purpose)))
+    bits = mix64_tensor(index.view(-1, *(1 for _ in shape)) ^ place)
+    # Box and Muller, from two numbers of 24 bits; the first is never 0
+    radius = ((((bits >> 40) & 0xFFFFFF) + 1).float() / (1 << 24)).log_().mul_(-2).sqrt_()
+    return radius.mul_((((bits >> 16) & 0xFFFFFF).float() * (2 * math.pi / (1 << 24))).cos_())
 
 
 # --- world and device ---------------------------------------------------------------------------

@@ -102,7 +102,9 @@ class ObjectiveConfig:
 
     space: Space = Space.gene
     prior: Prior = Prior.control
+    """Where the path starts; beside noise, the network is given the control cells."""
     prediction: Prediction = Prediction.endpoint
+    """``velocity``: the network gives the rate of change, and the point loss is taken on it."""
     head: Head = Head.residual
     pairing: Pairing = Pairing.ot
     time: TimeLaw = TimeLaw.mix
@@ -147,3 +149,39 @@ class ObjectiveConfig:
         )
         if self.time is TimeLaw.zero:
             require(self.num_steps == 1, "objective.time=zero allows objective.num_steps=1 only")
+        require(
+            self.prediction is Prediction.endpoint or self.head is Head.residual,
+            "objective.prediction=velocity gives the change along the path, and "
+            "objective.head=direct starts from the mean cell; use objective.head=residual",
+        )
+        self._check_space()
+
+    def _check_space(self) -> None:
+        """Hold the settings of the autoencoder against the space of the path."""
+        for name in ("reconstruction_weight", "alignment_weight"):
+            require(getattr(self, name) >= 0, f"objective.{name} must not be negative")
+        if self.space is Space.gene:
+            given = [
+                f"objective.{name} ({getattr(value, 'value', value)})"
+                for name in ("latent_size", "decoder", "reconstruction_weight", "alignment_weight")
+                if (value := getattr(self, name))
+            ]
+            require(
+                not given,
+                f"objective.space=gene has no autoencoder for {', '.join(given)}; use "
+                "objective.space=latent, or leave them out",
+            )
+            return
+        require(
+            self.latent_size is not None and self.latent_size > 0,
+            f"objective.space=latent needs objective.latent_size ({self.latent_size}) above 0",
+        )
+        require(
+            self.decoder is not None,
+            "objective.space=latent needs objective.decoder: negative_binomial, residual or mean",
+        )
+        require(
+            self.reconstruction_weight > 0,
+            "objective.space=latent needs objective.reconstruction_weight above 0: without it "
+            "nothing trains the autoencoder",
+        )

@@ -324,42 +324,32 @@ def build_block(
     config: TransformerConfig,
     provider: Any,
     layer: type[TransformerLayer] = TransformerLayer,
+    *,
+    attends: bool = True,
 ) -> TransformerBlock:
     """Return this rank's stage of a stack of ``layer``; the last one ends with a norm.
 
     Norms and linear maps are separate modules with both providers, so that both save the same
-    names and a modulation can stand between them.
+    names and a modulation can stand between them. Without attention there is no norm before it.
     """
     norm = provider.layer_norm(rms_norm=True)
-    qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else None
-    specification = ModuleSpec(
-        module=layer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.no_mask},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=provider.column_parallel_linear(),
-                    core_attention=provider.core_attention(),
-                    linear_proj=provider.row_parallel_linear(),
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
+    submodules = TransformerLayerSubmodules(
+        self_attn_bda=_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=ModuleSpec(
+            module=MLP,
+            params={"ffn_hidden_size": config.ffn_hidden_size},
+            submodules=MLPSubmodules(
+                linear_fc1=provider.column_parallel_linear(),
+                linear_fc2=provider.row_parallel_linear(),
             ),
-            self_attn_bda=_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                params={"ffn_hidden_size": config.ffn_hidden_size},
-                submodules=MLPSubmodules(
-                    linear_fc1=provider.column_parallel_linear(),
-                    linear_fc2=provider.row_parallel_linear(),
-                ),
-            ),
-            mlp_bda=_bias_dropout_add,
         ),
+        mlp_bda=_bias_dropout_add,
     )
+    if attends:
+        submodules.input_layernorm = norm
+        submodules.self_attention = _attention(config, provider)
+    specification = ModuleSpec(module=layer, submodules=submodules)
     groups = _process_groups(config)
     num_layers = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
     return TransformerBlock(
@@ -368,6 +358,21 @@ def build_block(
         # The stack of a stage reads what it is given, so that it is always told to be the first.
         post_process=groups.pp.rank() == groups.pp.size() - 1,
         pg_collection=groups,
+    )
+
+
+def _attention(config: TransformerConfig, provider: Any) -> ModuleSpec:
+    qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else None
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.no_mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=provider.column_parallel_linear(),
+            core_attention=provider.core_attention(),
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
     )
 
 

@@ -108,7 +108,7 @@ class PatchEncoder(nn.Module):
         """Return the seeds' weighted means of the tokens, one after the other [N, D]."""
         token_NTE = token_TNE.transpose(0, 1)
         score_NRT = self.seed_RE @ token_NTE.transpose(1, 2) / math.sqrt(self.seed_RE.shape[1])
-        weight_NRT = _at_least_float32(score_NRT).softmax(-1).to(token_NTE.dtype)
+        weight_NRT = at_least_float32(score_NRT).softmax(-1).to(token_NTE.dtype)
         return (weight_NRT @ token_NTE).flatten(1)
 
     def sharded_state_dict(
@@ -174,14 +174,15 @@ class PopulationSummary(nn.Module):
         mean_BD = torch.bmm(weight_B1U, inner_BUD).squeeze(1)
         # Its bias counts with this rank's share of the cells.
         mean_BD = F.linear(mean_BD, self.cell_2.weight) + weight_B1U.sum(2) * self.cell_2.bias
-        mean_BD = _at_least_float32(mean_BD)
+        mean_BD = at_least_float32(mean_BD)
         if tensor_parallel_size() > 1:
             mean_BD = reduce_from_tensor_model_parallel_region(mean_BD)
         summary_BD: Tensor = self.population(F.silu(mean_BD))
         return summary_BD
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return bf16 as float32, and everything else as it is."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 

@@ -1,6 +1,6 @@
-"""The path from control to treated cells, the law of its time, the endpoint, and the sampler.
+"""The path to treated cells, where it starts, the law of its time, the endpoint, and the sampler.
 
-Shapes: B = sets in the batch, S = cells per set, G = genes.
+Shapes: B = sets in the batch, S = cells per set, G = genes, or the numbers of a latent cell.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scale.config import Head, ObjectiveConfig, TimeLaw
+from scale.config import Head, ObjectiveConfig, Prediction, Prior, Space, TimeLaw
 from scale.model.pairing import Pairs
-from scale.runtime import uniform
+from scale.runtime import normal, uniform
 
 DRAW_TIME = 11
 """Purposes of the model's draws are numbers from 11; this one is the time of a set."""
 CHOOSE_ZERO_TIME = 12
+DRAW_START = 18
 
 
 def draw_time(objective: ObjectiveConfig, index_B: Tensor, seed: int) -> Tensor:
@@ -36,6 +37,18 @@ def draw_time(objective: ObjectiveConfig, index_B: Tensor, seed: int) -> Tensor:
     return time_B
 
 
+def draw_start(
+    objective: ObjectiveConfig, control_BSG: Tensor, index_B: Tensor, seed: int
+) -> Tensor:
+    """Return where the paths start: at the control cells, or at noise of deviation 1.
+
+    The noise of a cell is a function of the number of its set and its place in it.
+    """
+    if objective.prior is Prior.control:
+        return control_BSG
+    return normal(index_B, seed, DRAW_START, control_BSG.shape[1:]).to(control_BSG.dtype)
+
+
 def interpolate(z0_BSG: Tensor, z1_BSG: Tensor, t_B: Tensor) -> Tensor:
     """Return the point at time ``t`` on the straight path from control to perturbed cells.
 
@@ -47,31 +60,63 @@ def interpolate(z0_BSG: Tensor, z1_BSG: Tensor, t_B: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PathPoint:
-    """Where the sets of a batch stand, and which cells stand there."""
+    """Where the sets of a batch stand, and which cells stand there.
+
+    Parameters
+    ----------
+    z_BSG, mask_BS, time_B
+        The cells at the time of their set.
+    beside_BSG
+        The control cells, on a path from noise, whose points do not tell them; else None.
+    """
 
     z_BSG: Tensor
     mask_BS: Tensor
     time_B: Tensor
+    beside_BSG: Tensor | None = None
+
+    def of_sets(self, sets: slice) -> PathPoint:
+        """Return the point of some of the sets."""
+        beside_BSG = None if self.beside_BSG is None else self.beside_BSG[sets]
+        return PathPoint(self.z_BSG[sets], self.mask_BS[sets], self.time_B[sets], beside_BSG)
 
 
 def point_on_path(
-    control_BSG: Tensor, control_mask_BS: Tensor, partner_BSG: Tensor, pairs: Pairs, time_B: Tensor
+    start_BSG: Tensor, control_mask_BS: Tensor, partner_BSG: Tensor, pairs: Pairs, time_B: Tensor
 ) -> PathPoint:
     """Return all control cells of sets at t = 0, and the paired ones of the others."""
     on_path_B1 = (time_B > 0)[:, None]
     mask_BS = torch.where(on_path_B1, pairs.has_partner_BS, control_mask_BS)
-    return PathPoint(interpolate(control_BSG, partner_BSG, time_B), mask_BS, time_B)
+    return PathPoint(interpolate(start_BSG, partner_BSG, time_B), mask_BS, time_B)
 
 
-def endpoint(head: Head, change_BSG: Tensor, control_BSG: Tensor, mean_G: Tensor) -> Tensor:
-    """Return the endpoint of the path: never negative.
+def endpoint(
+    objective: ObjectiveConfig,
+    change_BSG: Tensor,
+    control_BSG: Tensor,
+    mean_G: Tensor,
+    point: PathPoint | None,
+) -> Tensor:
+    r"""Return the endpoint of the path that the network's output stands for, before :func:`bound`.
 
-    ``residual`` starts from the control cells, outside the network, whatever the path time;
-    ``direct`` from the mean training cell, without which a network that starts at zero would have
-    no gradient.
+    ``residual`` starts from the control cells, outside the network, whatever the path time and
+    wherever the path starts; ``direct`` from the mean training cell, without which a network that
+    starts at zero would have no gradient. A velocity v leads from the point itself:
+
+    .. math:: \hat Z_1 = Z_t + (1 - t) v
     """
-    start = control_BSG if head is Head.residual else mean_G.to(change_BSG.dtype)
-    return F.relu(start + change_BSG)
+    if objective.prediction is Prediction.velocity:
+        assert point is not None, "a velocity leads from somewhere"
+        left_B11 = (1 - point.time_B).to(change_BSG.dtype)[:, None, None]
+        return torch.addcmul(point.z_BSG, left_B11, change_BSG)
+    if objective.head is Head.residual:
+        return control_BSG + change_BSG
+    return mean_G.to(change_BSG.dtype) + change_BSG
+
+
+def bound(space: Space, z_BSG: Tensor) -> Tensor:
+    """Return cells that can be: expression is never negative."""
+    return F.relu(z_BSG) if space is Space.gene else z_BSG
 
 
 def integrate(
@@ -81,14 +126,15 @@ def integrate(
 
     .. math:: z \leftarrow z + \frac{h(z, t) - z}{(1 - t) K}, \quad t = k / K
 
-    The last step lands on the endpoint itself, and nothing is divided by zero.
+    The last step lands on the endpoint itself, and nothing is divided by zero. With
+    :math:`h = z + (1 - t) v` these are Euler's steps of :math:`dz/dt = v`.
 
     Parameters
     ----------
     endpoint_at
         The map h from a point and its time to the endpoint.
     z0_BSG
-        Control cells.
+        Where the path starts.
     num_steps
         Steps, K.
     """

@@ -80,6 +80,25 @@ class ConditionedLayer(TransformerLayer):  # type: ignore[misc]
         return torch.addcmul(x_SBD, gate_2, fed_SBD), context
 
 
+class LoneCellLayer(ConditionedLayer):
+    """A conditioned layer without attention: no cell sees another one."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        **_: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return new cells [S, B, D] and the condition [B, 6, D], unchanged, for the next layer."""
+        assert context is not None, "a conditioned layer needs the modulation"
+        rows_B6D = (context + self.modulation).to(hidden_states.dtype)
+        shift, scale, gate = rows_B6D[:, 3:].unbind(1)
+        normal_SBD = self.pre_mlp_layernorm(hidden_states)
+        fed_SBD, _bias = self.mlp(torch.addcmul(shift, normal_SBD, 1 + scale))
+        return torch.addcmul(hidden_states, gate, fed_SBD), context
+
+
 @dataclass(frozen=True, slots=True)
 class CellsInBlocks:
     """Cells between two set blocks, with what each block needs beside them.
@@ -151,10 +170,11 @@ class CellsInBlocks:
 class SetBlocks(nn.Module):
     """The conditioned layers of this rank's stage: bidirectional, without positions."""
 
-    def __init__(self, config: TransformerConfig, provider: Any) -> None:
+    def __init__(self, config: TransformerConfig, provider: Any, *, attends: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.stack = build_block(config, provider, ConditionedLayer)
+        layer = ConditionedLayer if attends else LoneCellLayer
+        self.stack = build_block(config, provider, layer, attends=attends)
         self.first_layer = first_layer(config)
 
     def forward(self, cells: CellsInBlocks) -> CellsInBlocks:

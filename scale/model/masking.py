@@ -35,7 +35,8 @@ def hide_genes(
     """Return what the network is shown of a point on the path and of the summary's controls."""
     visible_BG = draw_visible(batch.set_index_B, point.z_BSG.shape[2], fraction, seed)
     shown_B1G = visible_BG[:, None, :]
+    beside_BSG = None if point.beside_BSG is None else point.beside_BSG * shown_B1G
     return (
-        replace(point, z_BSG=point.z_BSG * shown_B1G),
+        replace(point, z_BSG=point.z_BSG * shown_B1G, beside_BSG=beside_BSG),
         replace(batch, summary_BUG=batch.summary_BUG * shown_B1G),
     )

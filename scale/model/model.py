@@ -5,8 +5,11 @@ several pipeline stages the first has encoder, summary and condition, the last h
 losses, and the set blocks are shared out. Every stage is given the batch: the masks, the pairs and
 the path time are functions of it, so the stages agree on them without a message.
 
-Shapes: B = sets in the batch, S = cells per set, U = cells of the summary draw, G = genes,
-P = principal components, D = width.
+In latent space (``objective.space``) an autoencoder stands around all of this: the path leads
+through its latent cells, which take the place of the genes.
+
+Shapes: B = sets in the batch, S = cells per set, U = cells of the summary draw, G = genes (or the
+numbers of a latent cell, on the path), P = principal components, D = width.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scale.config import Head, ModelConfig, ObjectiveConfig, Precision, TimeLaw
+from scale.config import ModelConfig, ObjectiveConfig, Precision, Prior, Space
 from scale.model.backend import (
     MegatronModule,
     ModelType,
@@ -30,19 +33,16 @@ from scale.model.backend import (
 )
 from scale.model.condition import ConditionEncoder, ConditionIds
 from scale.model.encoder import (
+    LinearEncoder,
+    PatchEncoder,
     PopulationSummary,
+    at_least_float32,
     build_encoder,
     replicated_on_stages,
     replicated_state,
 )
-from scale.model.flow import (
-    PathPoint,
-    draw_time,
-    endpoint,
-    guide,
-    integrate,
-    point_on_path,
-)
+from scale.model.flow import PathPoint, guide
+from scale.model.latent import LatentSpace
 from scale.model.layers import (
     CellsInBlocks,
     Readout,
@@ -54,15 +54,16 @@ from scale.model.layers import (
     whole_names,
 )
 from scale.model.masking import hide_genes
-from scale.model.objective import Losses, Targets, check_masks, loss_names, weighted_losses
-from scale.model.pairing import Pairs, pair, pair_in_order
+from scale.model.objective import Losses, check_masks, loss_names
 from scale.model.sizes import (
     check_shares,
+    check_space,
     count_parameters,
     first_stage_layers,
     forward_flops_per_cell,
 )
 from scale.model.stages import message_rows, relay
+from scale.model.transport import Transport
 from scale.types import Batch, Vocabulary
 
 NUM_COMPONENTS = 30
@@ -70,7 +71,7 @@ NUM_COMPONENTS = 30
 
 
 class ScaleModel(MegatronModule):  # type: ignore[misc]
-    """Conditional transport of cell populations, trained on the endpoint in gene space.
+    """Conditional transport of cell populations.
 
     Parameters
     ----------
@@ -107,6 +108,8 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
         recompute: bool = False,
     ) -> None:
         num_genes, num_stages = len(vocabulary.genes), pipeline_size()
+        is_latent = objective.space is Space.latent
+        check_space(objective, num_stages=num_stages)
         check_shares(
             config,
             world_size=dist.get_world_size(),
@@ -126,6 +129,7 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
         super().__init__(config=block)
         self.config_sizes = config
         self.objective = objective
+        self.transport = Transport(objective, seed)
         self.vocabulary = vocabulary
         self.seed = seed
         self.precision = precision
@@ -133,39 +137,59 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
         self.post_process = pipeline_rank() == num_stages - 1
         dtype = block.params_dtype
         provider = choose_provider(config.backend)
+        num_inputs = objective.latent_size or num_genes
+
+        def encoder() -> LinearEncoder | PatchEncoder:
+            if is_latent:
+                return LinearEncoder(config.hidden_size, num_inputs, dtype)
+            return build_encoder(config, num_genes, precision, provider, recompute=recompute)
+
         # Torch draws values that are overwritten below; the caller's generator stays as it was.
         with torch.random.fork_rng(devices=[]):
-            if self.pre_process:
-                self.encoder = build_encoder(
-                    config, num_genes, precision, provider, recompute=recompute
+            self.latent: LatentSpace | None = None
+            if is_latent:
+                self.latent = LatentSpace(
+                    config, objective, vocabulary, precision, provider, recompute=recompute
                 )
+            if self.pre_process:
+                self.encoder = encoder()
+                if objective.prior is Prior.gaussian:
+                    self.point_encoder = encoder()
                 self.summary = PopulationSummary(config.hidden_size, dtype)
                 self.condition = ConditionEncoder(config, vocabulary)
-            self.blocks = SetBlocks(block, provider)
+            self.blocks = SetBlocks(block, provider, attends=config.cell_attention)
             if self.post_process:
                 ffn_size = config.ffn_hidden_size if config.gene_layers else None
-                self.readout = Readout(config.hidden_size, ffn_size, num_genes, dtype)
+                self.readout = Readout(config.hidden_size, ffn_size, num_inputs, dtype)
         self.register_buffer("mean_G", torch.zeros(num_genes))
         self.register_buffer("basis_GP", torch.zeros(num_genes, NUM_COMPONENTS))
         initialise_by_name(
             self,
             seed,
-            {"encoder.": config.gene_layers, "blocks.": config.num_layers},
+            {
+                "encoder.": config.gene_layers,
+                "point_encoder.": config.gene_layers,
+                "latent.encoder.": config.gene_layers,
+                "blocks.": config.num_layers,
+            },
             self.blocks.first_layer,
         )
         self._input_tensor: Tensor | None = None
 
     # --- what training and prediction call --------------------------------------------------------
 
-    def set_statistics(self, mean_G: Any, basis_GP: Any) -> None:
-        """Keep the mean training cell and the basis for pairing; saved with the weights.
+    def set_statistics(self, mean_G: Any, basis_GP: Any, reference_NG: Any = None) -> None:
+        """Keep what is known of the training cells before the first step; saved with the weights.
 
         Parameters
         ----------
         mean_G
             Mean of the training cells' values.
         basis_GP
-            Principal components as columns; fewer than 30 are filled up with zeros.
+            Principal components, in which cells are paired, as columns; fewer than 30 are filled
+            up with zeros.
+        reference_NG
+            Some training cells, in latent space: the scale of latent cells is theirs.
         """
         self.mean_G.copy_(torch.as_tensor(mean_G))
         basis = torch.as_tensor(basis_GP)
@@ -173,6 +197,8 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
             raise ValueError(f"{basis.shape[1]} components; at most {NUM_COMPONENTS} are kept")
         self.basis_GP.zero_()
         self.basis_GP[:, : basis.shape[1]] = basis
+        if self.latent is not None:
+            self.latent.set_reference(torch.as_tensor(reference_NG))
 
     def forward(self, batch: Batch) -> Losses | Tensor:
         """Return the loss of a batch; draws depend on the numbers of its sets alone.
@@ -182,14 +208,17 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
         treated_BSG, treated_mask_BS = batch.treated_BSG, batch.treated_mask_BS
         if treated_BSG is None or treated_mask_BS is None:
             raise ValueError("the batch has no treated cells; call sample")
-        if self.objective.head is Head.direct and not self.mean_G.any():
-            raise ValueError(
-                "objective.head=direct starts from the mean cell; set_statistics first"
-            )
         is_full = check_masks(batch, treated_mask_BS)
-        pairs = self._pairs(batch, treated_BSG, treated_mask_BS)
+        has_path = self.pre_process or (self.post_process and self.transport.is_velocity)
+        pairs = self.transport.pairs(
+            batch, self.basis_GP, moves=has_path, is_scored=self.post_process
+        )
+        latent = None if self.latent is None else self.latent.encode(batch)
+        sets = batch if latent is None else latent.batch
+        path = self.transport.path(sets, pairs) if has_path else None
         if self.pre_process:
-            cells = self._training_cells(batch, treated_BSG, pairs, is_full=is_full)
+            assert path is not None, "the first stage has the path"
+            cells = self._training_cells(sets, path.point, is_full=is_full)
         else:
             assert self._input_tensor is not None, "a later stage is given a message"
             cells = CellsInBlocks.of_message(self._input_tensor, is_full=is_full)
@@ -197,18 +226,25 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
         if not self.post_process:
             message_RBD: Tensor = cells.message(self.config.pipeline_dtype)
             return message_RBD
-        predicted_BSG = self._endpoint(self._leave(cells), batch.control_BSG)
+        change_BSG = at_least_float32(self._leave(cells))
         mask_BS = batch.control_mask_BS if cells.mask_BS is None else cells.mask_BS
-        targets = Targets(treated_BSG, treated_mask_BS, pairs)
-        return weighted_losses(self.objective, predicted_BSG, mask_BS, targets)
+        losses = self.transport.losses(change_BSG, sets, path, mask_BS, pairs, self._start_G)
+        if self.latent is not None and latent is not None:
+            losses += self.latent.losses(latent, batch, self.seed)
+        return losses
 
     @torch.no_grad()
-    def sample(self, batch: Batch, *, num_steps: int, guidance: float = 1.0) -> Tensor:
+    def sample(
+        self, batch: Batch, *, num_steps: int, guidance: float = 1.0, seed: int = 0
+    ) -> Tensor:
         """Return predicted cells [B, S, G] on the scale of the batch, never negative.
 
         A prediction depends on its own set alone: on its control cells, summary cells and
         condition, not on their order, on treated cells or on other sets. On several ranks that
         share a model this is a collective, and all of them have the cells.
+
+        Where the path starts at noise, or the decoder draws counts, it also depends on the seed
+        and the number of the set.
 
         Parameters
         ----------
@@ -218,29 +254,27 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
             Steps of the sampler; heads trained with the energy loss are best with 1.
         guidance
             1 = off; above, what sets the perturbation apart from the mean response is exaggerated.
+        seed
+            Of noise and counts.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps ({num_steps}) must be at least 1")
-        if num_steps > 1 and self.objective.time is TimeLaw.zero:
-            raise ValueError(
-                f"the model was trained with objective.time=zero; num_steps ({num_steps}) must be 1"
-            )
-        control_BSG, mask_BS = batch.control_BSG, batch.control_mask_BS
-        is_full = bool(mask_BS.all())
+        sets = batch if self.latent is None else self.latent.of_controls(batch)
+        mask_BS, is_full = batch.control_mask_BS, bool(batch.control_mask_BS.all())
         ids = ConditionIds.of(batch)
-        summary_BD = self._summarise(batch) if self.pre_process else None
+        summary_BD = self._summarise(sets) if self.pre_process else None
 
-        def endpoint_at(z_BSG: Tensor, time: float) -> Tensor:
-            time_B = torch.full((len(z_BSG),), time, device=z_BSG.device)
-            point = PathPoint(z_BSG, mask_BS, time_B)
+        def change_at(point: PathPoint) -> Tensor:
             change_BSG = self._change(point, ids, summary_BD, is_full=is_full)
-            if guidance != 1.0:
-                null = ids.without_perturbation()
-                null_BSG = self._change(point, null, summary_BD, is_full=is_full)
-                change_BSG = guide(change_BSG, null_BSG, guidance)
-            return self._endpoint(change_BSG, control_BSG)
+            if guidance == 1.0:
+                return change_BSG
+            null = ids.without_perturbation()
+            null_BSG = self._change(point, null, summary_BD, is_full=is_full)
+            return guide(change_BSG, null_BSG, guidance)
 
-        cells_BSG = integrate(endpoint_at, control_BSG, num_steps)
+        cells_BSG = self.transport.end(
+            change_at, sets, self._start_G, num_steps=num_steps, seed=seed
+        )
+        if self.latent is not None:
+            cells_BSG = self.latent.cells(cells_BSG, sets, batch, seed)
         return cells_BSG if is_full else cells_BSG * mask_BS[:, :, None]
 
     @property
@@ -250,19 +284,21 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
 
     def freeze_encoder(self) -> None:
         """Leave the encoder, on the stage that has it, as it is."""
+        encoder = self if self.latent is None else self.latent
         if self.pre_process:
-            self.encoder.requires_grad_(requires_grad=False)
+            encoder.encoder.requires_grad_(requires_grad=False)
 
     def num_parameters(self) -> int:
         """Return the number of trained parameters over all ranks."""
-        return count_parameters(self.config_sizes, self.vocabulary)
+        return count_parameters(self.config_sizes, self.vocabulary, self.objective)
 
     def flops_per_cell(self) -> float:
         """Return the floating point operations of a training step per treated cell.
 
         Three times the forward pass; the control cell and its share of the summary are included.
         """
-        return 3 * forward_flops_per_cell(self.config_sizes, len(self.vocabulary.genes))
+        num_genes = len(self.vocabulary.genes)
+        return 3 * forward_flops_per_cell(self.config_sizes, num_genes, self.objective)
 
     # --- a chunk of Megatron's ------------------------------------------------------------------
 
@@ -299,27 +335,27 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _training_cells(
-        self, batch: Batch, treated_BSG: Tensor, pairs: Pairs, *, is_full: bool
-    ) -> CellsInBlocks:
+    @property
+    def _start_G(self) -> Tensor:
+        """Where the direct head starts: the mean cell, which is 0 in latent space."""
+        start_G: Tensor = self.mean_G if self.latent is None else self.mean_G.new_zeros(())
+        return start_G
+
+    def _training_cells(self, sets: Batch, point: PathPoint, *, is_full: bool) -> CellsInBlocks:
         """Return the cells of a point on the path before the first block."""
-        ids = ConditionIds.of(batch)
+        ids = ConditionIds.of(sets)
         if self.training:
             ids = ids.dropped(
                 self.config_sizes,
-                batch.set_index_B,
+                sets.set_index_B,
                 self.seed,
                 has_features=self.vocabulary.num_features > 0,
             )
-        time_B = draw_time(self.objective, batch.set_index_B, self.seed)
-        point = point_on_path(
-            batch.control_BSG, batch.control_mask_BS, pairs.partners(treated_BSG), pairs, time_B
-        )
-        if self.training and self.objective.masked_gene_fraction > 0:
-            fraction = self.objective.masked_gene_fraction
-            point, batch = hide_genes(point, batch, fraction, self.seed)
+            if self.objective.masked_gene_fraction > 0:
+                fraction = self.objective.masked_gene_fraction
+                point, sets = hide_genes(point, sets, fraction, self.seed)
         perturbed = self.condition.perturbed(ids)
-        modulation_B6D = self.condition(ids, perturbed, self._summarise(batch), time_B)
+        modulation_B6D = self.condition(ids, perturbed, self._summarise(sets), point.time_B)
         return self._enter(point, perturbed.sum_BD, modulation_B6D, is_full=is_full)
 
     def _summarise(self, batch: Batch) -> Tensor:
@@ -331,7 +367,11 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
     def _enter(
         self, point: PathPoint, sum_BD: Tensor, modulation_B6D: Tensor, *, is_full: bool
     ) -> CellsInBlocks:
-        x_BSD = self.encoder(own_cells(point.z_BSG))
+        if point.beside_BSG is None:
+            x_BSD = self.encoder(own_cells(point.z_BSG))
+        else:
+            x_BSD = self.encoder(own_cells(point.beside_BSG))
+            x_BSD = x_BSD + self.point_encoder(own_cells(point.z_BSG))
         x_BSD = x_BSD + spread_over_cells(sum_BD)[:, None, :].to(x_BSD.dtype)
         return CellsInBlocks.enter(x_BSD, modulation_B6D, None if is_full else point.mask_BS)
 
@@ -349,29 +389,9 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
             modulation_B6D = self.condition(ids, perturbed, summary_BD, point.time_B)
 
             def enter(sets: slice) -> CellsInBlocks:
-                part = PathPoint(point.z_BSG[sets], point.mask_BS[sets], point.time_B[sets])
-                sum_BD = perturbed.sum_BD[sets]
+                part, sum_BD = point.of_sets(sets), perturbed.sum_BD[sets]
                 return self._enter(part, sum_BD, modulation_B6D[sets], is_full=is_full)
 
-        shape_BSG = (*point.mask_BS.shape, len(self.vocabulary.genes))
-        return relay(enter, self.blocks, self._leave, shape_BSG=shape_BSG, is_full=is_full)
-
-    def _endpoint(self, change_BSG: Tensor, control_BSG: Tensor) -> Tensor:
-        if change_BSG.dtype == torch.bfloat16:
-            change_BSG = change_BSG.float()
-        return endpoint(self.objective.head, change_BSG, control_BSG, self.mean_G)
-
-    def _pairs(self, batch: Batch, treated_BSG: Tensor, treated_mask_BS: Tensor) -> Pairs:
-        """Pair cells, as far as anything on this stage depends on it."""
-        moves = self.pre_process and self.objective.time is not TimeLaw.zero
-        is_scored = self.post_process and self.objective.point_weight != 0
-        if not (moves or is_scored):
-            return pair_in_order(batch.control_mask_BS, treated_mask_BS)
-        return pair(
-            self.objective.pairing,
-            batch.control_BSG,
-            treated_BSG,
-            batch.control_mask_BS,
-            treated_mask_BS,
-            self.basis_GP,
-        )
+        shape_BSG = point.z_BSG.shape
+        change_BSG = relay(enter, self.blocks, self._leave, shape_BSG=shape_BSG, is_full=is_full)
+        return at_least_float32(change_BSG)

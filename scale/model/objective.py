@@ -34,6 +34,10 @@ class Losses:
     parts: dict[str, Tensor]
     num_sets: int
 
+    def __add__(self, other: Losses) -> Losses:
+        """Return both together, of the same sets."""
+        return Losses(self.total + other.total, self.parts | other.parts, self.num_sets)
+
 
 @dataclass(frozen=True, slots=True)
 class Targets:
@@ -45,25 +49,62 @@ class Targets:
     """Which of the treated cells is the partner of which predicted one."""
 
 
+AUTOENCODER_LOSSES = ("reconstruction", "alignment")
+
+
 def loss_names(objective: ObjectiveConfig) -> list[str]:
     """Return the names of the losses whose weight is not 0."""
-    return [name for name in LOSSES if getattr(objective, f"{name}_weight") != 0]
+    names = (*LOSSES, *AUTOENCODER_LOSSES)
+    return [name for name in names if getattr(objective, f"{name}_weight") != 0]
+
+
+def weigh(objective: ObjectiveConfig, losses: dict[str, Tensor]) -> Losses:
+    """Return the weighted sum of losses by name, each one number per set."""
+    total = next(iter(losses.values())).new_zeros(())
+    parts = {}
+    for name, loss_B in losses.items():
+        mean = loss_B.mean()
+        parts[name] = mean.detach()
+        total = total + getattr(objective, f"{name}_weight") * mean
+    return Losses(total, parts, len(loss_B))
 
 
 def weighted_losses(
     objective: ObjectiveConfig, predicted_BSG: Tensor, mask_BS: Tensor, targets: Targets
 ) -> Losses:
-    """Return the weighted sum over the losses of :func:`loss_names`."""
+    """Return the weighted sum over the losses of a set."""
     sets = SetDistances.between(
         predicted_BSG, targets.treated_BSG, mask_BS, targets.mask_BS, targets.pairs
     )
-    total = predicted_BSG.new_zeros(())
-    parts = {}
+    names = [name for name in loss_names(objective) if name in LOSSES]
+    return weigh(objective, {name: LOSSES[name](sets) for name in names})
+
+
+def velocity_losses(
+    objective: ObjectiveConfig,
+    velocity_BSG: Tensor,
+    start_BSG: Tensor,
+    predicted_BSG: Tensor,
+    mask_BS: Tensor,
+    targets: Targets,
+) -> Losses:
+    r"""Return the weighted sum with the point loss on the velocity, others on the endpoint.
+
+    .. math:: L_P = \frac{1}{n G} \sum_i \| v_i - (z_{1, \pi(i)} - z_{0, i}) \|^2
+    """
+    sets = SetDistances.between(
+        predicted_BSG, targets.treated_BSG, mask_BS, targets.mask_BS, targets.pairs
+    )
+    losses = {}
     for name in loss_names(objective):
-        mean = LOSSES[name](sets).mean()
-        parts[name] = mean.detach()
-        total = total + getattr(objective, f"{name}_weight") * mean
-    return Losses(total, parts, len(mask_BS))
+        if name == "point":
+            change_BSG = targets.pairs.partners(targets.treated_BSG) - start_BSG
+            real_BS = mask_BS & targets.pairs.has_partner_BS
+            squared_BS = (velocity_BSG - change_BSG).square().mean(-1)
+            losses[name] = torch.where(real_BS, squared_BS, 0).sum(1) / real_BS.sum(1)
+        elif name in LOSSES:
+            losses[name] = LOSSES[name](sets)
+    return weigh(objective, losses)
 
 
 def check_masks(batch: Batch, treated_mask_BS: Tensor) -> bool:

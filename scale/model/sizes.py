@@ -1,7 +1,8 @@
 """Parameters and arithmetic of a model in closed form; tests hold them against the modules.
 
 Letters as in the formulas of a transformer: d = width, f = SwiGLU width, s = cells per set; inside
-a cell e = width of a token, t = patches.
+a cell e = width of a token, t = patches; z = numbers of a latent cell. Without an objective, sizes
+are those of the default one: a path in gene space from control cells.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scale.config import Fusion, ModelConfig
+from scale.config import Decoder, Fusion, ModelConfig, ObjectiveConfig, Prior, Space
 from scale.model.condition import NUM_DOSE_FREQUENCIES, NUM_TIME_FREQUENCIES
 from scale.model.encoder import gene_ffn_size
 from scale.types import Vocabulary
@@ -35,45 +36,76 @@ class _GeneBlocks:
         )
 
 
-def count_parameters(config: ModelConfig, vocabulary: Vocabulary) -> int:
+def count_parameters(
+    config: ModelConfig, vocabulary: Vocabulary, objective: ObjectiveConfig | None = None
+) -> int:
     """Return the number of trained parameters over all ranks."""
     d, f, layers = config.hidden_size, config.ffn_hidden_size, config.num_layers
     genes = len(vocabulary.genes)
-    if config.gene_layers:
-        g = _GeneBlocks.of(config, genes)
-        e = g.width
-        encoder = (g.num_patches * config.gene_patch_size + g.num_patches) * e
-        encoder += config.gene_layers * (4 * e * e + 3 * e * g.ffn + 2 * e) + e
-        encoder += g.num_seeds * e + d * d
-        readout = 2 * d * f + f * genes + genes
-    else:
-        encoder = genes * d + d
-        readout = d * genes + genes
+    encoder, inputs, autoencoder = _encoder_parameters(config, genes), genes, 0
+    if objective is not None and objective.space is Space.latent:
+        inputs = objective.latent_size or 0
+        autoencoder = encoder + d * inputs + 2 * inputs * f + f * genes + genes
+        autoencoder += genes if objective.decoder is Decoder.negative_binomial else 0
+        encoder = inputs * d + d
+    if objective is not None and objective.prior is Prior.gaussian:
+        encoder *= 2
+    readout = _readout_weights(config, inputs) + inputs
     summary = 3 * (d * d + d)
-    qk_norm = 2 * (d // config.num_heads) if config.qk_norm else 0
-    blocks = layers * (4 * d * d + 3 * d * f + 8 * d + qk_norm) + d
+    attending = 0
+    if config.cell_attention:
+        attending = 4 * d * d + d + (2 * (d // config.num_heads) if config.qk_norm else 0)
+    blocks = layers * (attending + 3 * d * f + 7 * d) + d
     rows = len(vocabulary.components) + len(vocabulary.cell_types) + len(vocabulary.batches) + 2
     time = 2 * NUM_TIME_FREQUENCIES * d + d + d * d + d
     dose = 2 * NUM_DOSE_FREQUENCIES * d + d + d * d + d + 2 * d * d
     attention = d + 4 * d * d if config.fusion is Fusion.seed_attention else 0
     features = (vocabulary.num_features + d + 2) * d if vocabulary.num_features else 0
     condition = rows * d + time + dose + features + attention + 6 * d * d + 6 * d
-    return encoder + summary + blocks + condition + readout
+    return encoder + summary + blocks + condition + readout + autoencoder
 
 
-def forward_flops_per_cell(config: ModelConfig, num_genes: int) -> float:
+def _encoder_parameters(config: ModelConfig, num_genes: int) -> int:
+    """Return the parameters of an encoder of single cells."""
+    d = config.hidden_size
+    if not config.gene_layers:
+        return num_genes * d + d
+    g = _GeneBlocks.of(config, num_genes)
+    e = g.width
+    patches = (g.num_patches * config.gene_patch_size + g.num_patches) * e
+    layers = config.gene_layers * (4 * e * e + 3 * e * g.ffn + 2 * e) + e
+    return patches + layers + g.num_seeds * e + d * d
+
+
+def _readout_weights(config: ModelConfig, num_outputs: int) -> int:
+    """Return the weights of the matrices of the readout."""
+    d, f = config.hidden_size, config.ffn_hidden_size
+    return 2 * d * f + f * num_outputs if config.gene_layers else d * num_outputs
+
+
+def forward_flops_per_cell(
+    config: ModelConfig, num_genes: int, objective: ObjectiveConfig | None = None
+) -> float:
     """Return the floating point operations of one forward pass per treated cell.
 
     The summary draw of U cells is shared by the S cells of a set; the condition, one vector per
-    set, is left out.
+    set, is left out, and so are the reference cells of a latent space. The autoencoder works on
+    control and treated cells.
     """
     d, f = config.hidden_size, config.ffn_hidden_size
-    readout = 2 * d * f + f * num_genes if config.gene_layers else d * num_genes
     share = config.num_summary_cells / config.set_size
-    encoder = _encoder_flops(config, num_genes)
+    encoder, inputs, autoencoder = _encoder_flops(config, num_genes), num_genes, 0.0
+    if objective is not None and objective.space is Space.latent:
+        inputs = objective.latent_size or 0
+        encode = encoder + 2 * d * inputs
+        autoencoder = encode * (2 + share) + 2 * 2 * (2 * inputs * f + f * num_genes)
+        encoder = 2 * inputs * d
     # phi has two maps; the second works on the mean of a set.
     summary = (encoder + 2 * d * d) * share
-    return encoder + summary + config.num_layers * _layer_flops(config) + 2 * readout
+    num_encoded = 2 if objective is not None and objective.prior is Prior.gaussian else 1
+    readout = 2 * _readout_weights(config, inputs)
+    layers = config.num_layers * _layer_flops(config)
+    return num_encoded * encoder + summary + layers + readout + autoencoder
 
 
 def _encoder_flops(config: ModelConfig, num_genes: int) -> float:
@@ -91,7 +123,8 @@ def _encoder_flops(config: ModelConfig, num_genes: int) -> float:
 def _layer_flops(config: ModelConfig) -> float:
     """Return the operations of a set block per cell."""
     d = config.hidden_size
-    return 2 * (4 * d * d + 3 * d * config.ffn_hidden_size) + 4 * config.set_size * d
+    attention = 2 * 4 * d * d + 4 * config.set_size * d if config.cell_attention else 0
+    return attention + 2 * 3 * d * config.ffn_hidden_size
 
 
 def first_stage_layers(config: ModelConfig, num_genes: int, num_stages: int) -> int:
@@ -146,6 +179,22 @@ def check_shares(
             f"parallel.pipeline_model_parallel_size ({num_stages}) needs model.set_size "
             f"({config.set_size}) to be at most model.hidden_size ({config.hidden_size}): the mask "
             "of a set travels between stages in one row; use 1, or smaller sets"
+        )
+
+
+def check_space(objective: ObjectiveConfig, *, num_stages: int) -> None:
+    """Refuse a latent space that pipeline stages would have to share.
+
+    Raises
+    ------
+    ValueError
+        Naming both settings.
+    """
+    if objective.space is Space.latent and num_stages > 1:
+        raise ValueError(
+            f"parallel.pipeline_model_parallel_size ({num_stages}) must be 1 with "
+            "objective.space=latent: the last stage would need the autoencoder of the first; "
+            "tensor and data parallel ranks can share it"
         )
 
 

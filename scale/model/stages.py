@@ -40,7 +40,7 @@ def relay(
     blocks: SetBlocks,
     leave: Callable[[CellsInBlocks], Tensor],
     *,
-    shape_BSG: tuple[int, int, int],
+    shape_BSG: torch.Size,
     is_full: bool,
 ) -> Tensor:
     """Return what the last stage makes of a batch, on every stage; a collective of the stages.

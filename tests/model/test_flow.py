@@ -8,8 +8,18 @@ from example_sets import cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scale.config import Head, ObjectiveConfig, Pairing, TimeLaw
-from scale.model.flow import draw_time, endpoint, guide, integrate, interpolate, point_on_path
+from scale.config import Head, ObjectiveConfig, Pairing, Prediction, Prior, Space, TimeLaw
+from scale.model.flow import (
+    PathPoint,
+    bound,
+    draw_start,
+    draw_time,
+    endpoint,
+    guide,
+    integrate,
+    interpolate,
+    point_on_path,
+)
 from scale.model.losses import SetDistances, point_loss
 from scale.model.pairing import BLOCK_SIZE, pair, pair_by_transport, pair_in_order
 
@@ -89,13 +99,52 @@ def test_guidance_of_one_is_the_plain_change():
     torch.testing.assert_close(guide(p, null, 3.0), null + 3 * (p - null))
 
 
+def at(z, t):
+    return PathPoint(z, torch.ones(z.shape[:2], dtype=torch.bool), torch.as_tensor(t))
+
+
 def test_heads():
+    residual, direct = ObjectiveConfig(), ObjectiveConfig(head=Head.direct)
     change, control, mean = cells(2, 3, 4, seed=1) - 1.0, cells(2, 3, 4, seed=2), cells(4, seed=3)
-    assert torch.equal(endpoint(Head.residual, torch.zeros(2, 3, 4), control, mean), control)
-    assert torch.equal(
-        endpoint(Head.direct, torch.zeros(2, 3, 4), control, mean), mean.expand(2, 3, 4)
-    )
-    assert (endpoint(Head.residual, change - 5, control, mean) == 0).all()
+    nothing = torch.zeros(2, 3, 4)
+    assert torch.equal(endpoint(residual, nothing, control, mean, None), control)
+    assert torch.equal(endpoint(direct, nothing, control, mean, None), mean.expand(2, 3, 4))
+    below = endpoint(residual, change - 5, control, mean, None)
+    assert (bound(Space.gene, below) == 0).all()
+    assert torch.equal(bound(Space.latent, below), below)
+
+
+def test_the_endpoint_of_a_velocity_is_that_of_the_straight_path():
+    velocity = ObjectiveConfig(prediction=Prediction.velocity)
+    z0, z1, t = cells(2, 3, 4, seed=1), cells(2, 3, 4, seed=2), torch.tensor([0.0, 0.7])
+    point = at(interpolate(z0, z1, t), t)
+    torch.testing.assert_close(endpoint(velocity, z1 - z0, z0, z0[0, 0], point), z1)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 10])
+def test_velocities_are_integrated_by_steps_of_euler(num_steps):
+    # dz/dt = A z: Euler's steps multiply by I + A / K
+    velocity = ObjectiveConfig(prediction=Prediction.velocity)
+    z0, A = cells(2, 3, 4, seed=1).double(), 0.5 * cells(4, 4, seed=2).double()
+
+    def end(z, t):
+        return endpoint(velocity, z @ A, z0, z0[0, 0], at(z, [t, t]))
+
+    step = torch.linalg.matrix_power(torch.eye(4, dtype=torch.float64) + A / num_steps, num_steps)
+    torch.testing.assert_close(integrate(end, z0, num_steps), z0 @ step)
+
+
+def test_noise_is_a_function_of_set_and_place():
+    gaussian, index = ObjectiveConfig(prior=Prior.gaussian), torch.arange(40)
+    noise = draw_start(gaussian, cells(40, 8, 20), index, seed=1)
+    assert abs(noise.mean()) < 3 / math.sqrt(noise.numel())
+    assert abs(noise.var() - 1) < 3 * math.sqrt(2 / noise.numel())
+    assert abs((noise > 1.959964).float().mean() - 0.025) < 3 * math.sqrt(0.025 / noise.numel())
+    # other batches, shorter sets
+    assert torch.equal(draw_start(gaussian, cells(3, 5, 20), index[7:10], 1), noise[7:10, :5])
+    assert not torch.equal(draw_start(gaussian, cells(40, 8, 20), index, 2), noise)
+    control = cells(40, 8, 20)
+    assert draw_start(ObjectiveConfig(), control, index, 1) is control
 
 
 def test_point_loss_is_the_velocity_loss_times_the_square_of_what_is_left():
