@@ -29,6 +29,7 @@ from command import ROOT, run_command
 
 WORK = ROOT / ".cache" / "benchmarks" / "quality"
 SPLIT = "split.toml"
+STAMP = "made.json"
 STEPS = 500
 """Optimizer steps of a training, of 12 sets of 32 cells: 192,000 treated cells."""
 
@@ -135,16 +136,28 @@ def kept(kind: str, key: Any, make: Callable[[Path], float]) -> Done:
 
     Processes and threads that want the same run wait for the one that makes it.
     """
-    text = json.dumps(key, sort_keys=True, default=str)
-    folder = WORK / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    stamp = folder / "made.json"
+    folder = _folder(kind, key)
     with _alone(folder):
-        if not stamp.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            seconds = make(folder)
-            record = {"cpu_seconds": round(seconds, 1), "kind": kind, "key": json.loads(text)}
-            stamp.write_text(json.dumps(record, indent=1) + "\n")
-        return Done(folder, float(json.loads(stamp.read_text())["cpu_seconds"]))
+        if (done := find_kept(kind, key)) is not None:
+            return done
+        folder.mkdir(parents=True, exist_ok=True)
+        seconds = round(make(folder), 1)
+        text = json.dumps({"cpu_seconds": seconds, "key": key}, indent=1, default=str)
+        (folder / STAMP).write_text(text + "\n")
+        return Done(folder, seconds)
+
+
+def find_kept(kind: str, key: Any) -> Done | None:
+    """Return the run of this kind and key, if it was made before."""
+    stamp = _folder(kind, key) / STAMP
+    if not stamp.exists():
+        return None
+    return Done(stamp.parent, float(json.loads(stamp.read_text())["cpu_seconds"]))
+
+
+def _folder(kind: str, key: Any) -> Path:
+    text = json.dumps(key, sort_keys=True, default=str)
+    return WORK / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 @contextmanager

@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import threading
 import time
+from concurrent.futures import Executor
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from quality_runs import STEPS, Dataset, Done, kept
+from quality_runs import STEPS, Dataset, Done, find_kept, kept
 from state_data import StateFiles, export
 from state_runs import VERSION, Budget, run_state
 
@@ -56,13 +57,30 @@ def state_run(data: Dataset, seed: int, rate: float, *, steps: int = STEPS) -> D
         (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
         return float(record["cpu_seconds_train"]) + float(record["cpu_seconds_predict"])
 
-    return kept("state", [VERSION, str(data.store), seed, rate, asdict(budget)], make)
+    return kept("state", _key(data, seed, rate, budget), make)
 
 
-def best_rate(data: Dataset, seed: int, *, steps: int = STEPS) -> float:
+def best_rate(data: Dataset, seed: int, pool: Executor) -> float:
     """Return the rate of the least validation loss."""
-    records = {rate: read_record(state_run(data, seed, rate, steps=steps)) for rate in RATES}
-    return min(records, key=lambda rate: float(records[rate]["val_loss"]))
+    runs = list(pool.map(lambda rate: state_run(data, seed, rate), RATES))
+    return float(min((read_record(run) for run in runs), key=_loss)["learning_rate"])
+
+
+def best_kept(data: Dataset, seed: int) -> Done | None:
+    """Return the best of the runs that were made before, if there is one."""
+    budget = state_budget(data)
+    runs = [find_kept("state", _key(data, seed, rate, budget)) for rate in RATES]
+    return min((run for run in runs if run), key=lambda run: _loss(read_record(run)), default=None)
+
+
+def _key(data: Dataset, seed: int, rate: float, budget: Budget) -> list[Any]:
+    sizes = [budget.model.hidden_size, budget.model.num_layers, budget.model.num_heads]
+    steps = [budget.steps, budget.sets_per_step, budget.cells_per_set]
+    return [VERSION, str(data.store), seed, rate, *steps, *sizes, budget.model.ffn_hidden_size]
+
+
+def _loss(record: dict[str, Any]) -> float:
+    return float(record["val_loss"])
 
 
 def read_record(run: Done) -> dict[str, Any]:

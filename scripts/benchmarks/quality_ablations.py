@@ -1,0 +1,52 @@
+"""What is taken away or exchanged, one at a time, to see what each part brings.
+
+A row is the settings of ``pretrain`` that differ from the default. A setting that the package does
+not know, or cannot run, ends the benchmark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OURS = "ours"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A row of the ablation table."""
+
+    name: str
+    settings: tuple[str, ...] = ()
+    decides: bool = False
+    """Whether a default hangs on it: then it is run with all model seeds, else with the first."""
+
+
+ON_FEWSHOT = (
+    Variant("time zero", ("objective.time=zero",), decides=True),
+    Variant("time uniform", ("objective.time=uniform",), decides=True),
+    Variant("pairing random", ("objective.pairing=random",), decides=True),
+    Variant("point 0", ("objective.point_weight=0",), decides=True),
+    Variant("point .1", ("objective.point_weight=0.1",), decides=True),
+    Variant("point .3", ("objective.point_weight=0.3",), decides=True),
+    Variant("mean 0", ("objective.mean_weight=0",), decides=True),
+    Variant("mmd for energy", ("objective.energy_weight=0", "objective.mmd_weight=1")),
+    Variant("head direct", ("objective.head=direct",)),
+    Variant("fusion sum", ("model.fusion=sum",), decides=True),
+    Variant("no attention of cells", ("model.cell_attention=false",), decides=True),
+    Variant("summary of 1 cell", ("model.num_summary_cells=1",), decides=True),
+    Variant("velocity", ("objective.prediction=velocity", "objective.num_steps=10")),
+    Variant("prior gaussian", ("objective.prior=gaussian", "objective.num_steps=10")),
+    Variant("objective of the paper", ("objective=scale_paper",)),
+)
+"""On the few-shot screen."""
+
+ON_COMPOSITION = (
+    Variant("no attention of cells", ("model.cell_attention=false",), decides=True),
+    Variant("summary of 1 cell", ("model.num_summary_cells=1",), decides=True),
+    Variant(
+        "neither",
+        ("model.cell_attention=false", "model.num_summary_cells=1"),
+        decides=True,
+    ),
+)
+"""Where responses depend on the population: the parts that see more than one cell."""
