@@ -1,9 +1,11 @@
-"""Mean and principal components of a sample of training cells.
+"""Mean and principal components of a sample of training cells, and some of the cells themselves.
 
-The model starts from the mean and pairs cells in the space of the components, so both are made
-once, before the first step, and saved with the weights.
+The model starts from the mean and pairs cells in the space of the components, and latent cells have
+the scale of those of the sample; all are made once, before the first step, and saved with the
+weights.
 
-Shapes: N = cells of the sample, G = genes, P = principal components.
+Shapes: N = cells of the sample, K = those of them that are kept, G = genes, P = principal
+components.
 """
 
 from __future__ import annotations
@@ -21,16 +23,20 @@ from scale.data.loader import Normalisation
 from scale.data.store import CellSetStore
 from scale.runtime import derive
 
+NUM_KEPT_CELLS = 256
+
 STATISTICS = 6
 """Purpose of the random draw of the sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingStatistics:
-    """Mean per gene, and principal components as columns; float32, on the scale of a batch."""
+    """Mean per gene, principal components as columns, some cells; float32, as in a batch."""
 
     mean_G: npt.NDArray[np.float32]
     basis_GP: npt.NDArray[np.float32]
+    cells_KG: npt.NDArray[np.float32]
+    """At most 256 of the sample, evenly over its conditions."""
 
 
 def sample_cells(
@@ -96,4 +102,6 @@ def principal_components(values: sp.csr_matrix, num_components: int) -> Training
     basis_GP = basis_GP * np.where(largest_P < 0, -1.0, 1.0) * is_real_P
     full_GP = np.zeros((num_genes, num_components), np.float32)
     full_GP[:, :kept] = basis_GP
-    return TrainingStatistics(mean_G.astype(np.float32), full_GP)
+    row_K = np.linspace(0, num_cells - 1, min(num_cells, NUM_KEPT_CELLS)).astype(np.int64)
+    cells_KG = values[row_K].toarray().astype(np.float32)
+    return TrainingStatistics(mean_G.astype(np.float32), full_GP, cells_KG)

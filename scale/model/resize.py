@@ -12,18 +12,37 @@ from torch import Tensor
 from scale.types import CONTROL_COMPONENT, CheckpointError, Vocabulary
 
 _TABLES = "condition.component_table", "condition.cell_type_table", "condition.batch_table"
-_GENE_AXES: dict[str, Callable[[Tensor], Tensor]] = {
-    "encoder.patch_TPE": lambda x: x.flatten(0, 1),
-    "encoder.genes.weight": lambda x: x.T,
-    "readout.genes.weight": lambda x: x,
-    "readout.genes.bias": lambda x: x,
+_ENCODER: dict[str, Callable[[Tensor], Tensor]] = {
+    "patch_TPE": lambda x: x.flatten(0, 1),
+    "genes.weight": lambda x: x.T,
+}
+_READOUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "genes.weight": lambda x: x,
+    "genes.bias": lambda x: x,
+}
+_STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean_G": lambda x: x,
     "basis_GP": lambda x: x,
 }
+_GENE_AXES = {
+    **{f"encoder.{name}": rows for name, rows in _ENCODER.items()},
+    **{f"point_encoder.{name}": rows for name, rows in _ENCODER.items()},
+    **{f"readout.{name}": rows for name, rows in _READOUT.items()},
+    **_STATISTICS,
+}
 """Weights with one row per gene, and how to see them as such."""
+_GENE_AXES_OF_LATENT = {
+    **{f"latent.encoder.{name}": rows for name, rows in _ENCODER.items()},
+    **{f"latent.decoder.{name}": rows for name, rows in _READOUT.items()},
+    "latent.reference_NG": lambda x: x.T,
+    "latent.offset_G": lambda x: x,
+    "latent.log_dispersion_G": lambda x: x,
+    **_STATISTICS,
+}
+"""The same of a model whose path lies in latent space: its autoencoder alone touches genes."""
 _FEATURE_MAP = "condition.features."
 _FEATURES = "condition.features.feature_CV"
-_PER_PATCH = "encoder.identity_TE"
+_PER_PATCH = "encoder.identity_TE", "point_encoder.identity_TE", "latent.encoder.identity_TE"
 
 
 def extend_state(
@@ -55,6 +74,7 @@ def extend_state(
     """
     tables = dict(zip(_TABLES, _table_names(old, new), strict=True))
     same_genes = old.genes == new.genes
+    axes = _GENE_AXES_OF_LATENT if "latent.offset_G" in fresh else _GENE_AXES
     result: dict[str, Tensor] = {}
     for name, start in fresh.items():
         if not isinstance(start, Tensor):  # Megatron's empty extra states
@@ -70,8 +90,10 @@ def extend_state(
             value = _move_table(start, value, *tables[name])
         elif name == _FEATURES:
             value = _move_features(start, value, old, new)
+        elif not same_genes and name in _PER_PATCH:
+            value = _move_patches(start, value)
         elif not same_genes:
-            value = _move_genes(name, start, value, old.genes, new.genes)
+            value = _move_genes(start, value, old.genes, new.genes, axes.get(name))
         if value.shape != start.shape:
             raise CheckpointError(
                 f"{name} has shape {tuple(value.shape)} in the checkpoint and {tuple(start.shape)} "
@@ -119,16 +141,22 @@ def _move_features(start: Tensor, value: Tensor, old: Vocabulary, new: Vocabular
     return moved
 
 
+def _move_patches(start: Tensor, value: Tensor) -> Tensor:
+    """Return what stands for patches, by place."""
+    kept = start.clone()
+    shared = min(len(start), len(value))
+    kept[:shared] = value[:shared]
+    return kept
+
+
 def _move_genes(
-    name: str, start: Tensor, value: Tensor, old: Sequence[str], new: Sequence[str]
+    start: Tensor,
+    value: Tensor,
+    old: Sequence[str],
+    new: Sequence[str],
+    as_rows: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """Return a weight with the genes of the new list; others as they were."""
-    if name == _PER_PATCH:
-        kept = start.clone()
-        shared = min(len(start), len(value))
-        kept[:shared] = value[:shared]
-        return kept
-    as_rows = _GENE_AXES.get(name)
+    """Return a weight with the genes of the new list; one that has no genes as it was."""
     if as_rows is None:
         return value
     row = {gene: i for i, gene in enumerate(old)}

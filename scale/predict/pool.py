@@ -1,4 +1,4 @@
-"""Which control cells a predicted condition starts from, and in which order."""
+"""Which control cells a predicted condition starts from, in which order, and its other draws."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from scale.runtime import derive, mix64_array
 
 POOL_ORDER = 21
 """Purpose of the draw that orders a pool of controls."""
+OF_CONDITION = 22
 
 
 def pool_rows(controls: Controls, request: Request, seed: int) -> npt.NDArray[np.int64]:
@@ -29,11 +30,20 @@ def pool_rows(controls: Controls, request: Request, seed: int) -> npt.NDArray[np
             f"cell type {request.cell_type!r} has {len(rows)} control cells; at least 2 are "
             f"needed. Cell types with controls: {', '.join(known)}"
         )
-    # The order depends on the names of the condition, not on its place among the requests.
-    name = f"{request.cell_type}\n{request.batch}\n{request.perturbation.label}".encode()
-    key = derive(seed, POOL_ORDER, int.from_bytes(sha256(name).digest()[:8], "big"))
+    key = derive(seed, POOL_ORDER, _word(request))
     hashes = mix64_array(np.arange(len(rows), dtype=np.uint64) ^ np.uint64(key))
     return np.asarray(rows[np.argsort(hashes, kind="stable")], dtype=np.int64)
+
+
+def condition_seed(request: Request, seed: int) -> int:
+    """Return the seed of what the model draws for a condition: noise, counts."""
+    return derive(seed, OF_CONDITION, _word(request))
+
+
+def _word(request: Request) -> int:
+    """Return a number for the names of a condition, whatever its place among the requests."""
+    name = f"{request.cell_type}\n{request.batch}\n{request.perturbation.label}".encode()
+    return int.from_bytes(sha256(name).digest()[:8], "big")
 
 
 def set_sizes(pool_size: int, set_size: int, num_summary: int) -> tuple[int, int]:

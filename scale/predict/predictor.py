@@ -22,7 +22,7 @@ import torch
 from anndata import AnnData
 
 from scale.predict.output import Block, H5adWriter
-from scale.predict.pool import pool_rows, set_sizes
+from scale.predict.pool import condition_seed, pool_rows, set_sizes
 from scale.predict.query import Controls, Query, QueryKeys, Request
 from scale.predict.unseen import learn_features
 from scale.runtime import (
@@ -185,7 +185,7 @@ class Predictor:
         num_steps, guidance
             Steps of the sampler (None = as trained) and strength of guidance (1 = off).
         seed
-            Of the choice of control cells.
+            Of the choice of control cells, and of what the model draws.
         progress
             Called with (cells done, cells in all).
 
@@ -306,7 +306,10 @@ class Predictor:
             batch = self._batch(controls, request, rows_BS, rows_BU, sets)
             with torch.no_grad():
                 cells_BSG = self.model.sample(
-                    batch, num_steps=self._num_steps(options), guidance=options.guidance
+                    batch,
+                    num_steps=self._num_steps(options),
+                    guidance=options.guidance,
+                    seed=condition_seed(request, options.seed),
                 )
             values = cells_BSG.float().clamp_(min=0).mul_(self.vocabulary.value_scale)
             blocks.append(sp.csr_matrix(values.flatten(0, 1).cpu().numpy()))

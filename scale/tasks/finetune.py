@@ -45,7 +45,7 @@ def _prepare(
     if resumed is None:
         start = on_first_rank(layout, lambda: _find_start(Path(config.start_from)))
         sizes, old = read_record(start)
-        _check_head(config, sizes)
+        _check_transport(config, sizes)
         vocabulary = _extended(config, old)
     else:
         sizes, vocabulary = resumed.record, resumed.vocabulary
@@ -81,13 +81,19 @@ def _find_start(path: Path) -> Path:
     return find_weights(path)
 
 
-def _check_head(config: FinetuneConfig, start: ModelRecord) -> None:
-    ours, theirs = config.objective.head, start.objective.head
-    if ours is not theirs:
-        raise ValueError(
-            f"objective.head is {ours.value}, the model of {config.start_from} was trained with "
-            f"{theirs.value}; set objective.head={theirs.value}"
+def _check_transport(config: FinetuneConfig, start: ModelRecord) -> None:
+    """Refuse another kind of transport than the weights were trained for."""
+    for name in ("space", "prior", "prediction", "head", "latent_size", "decoder"):
+        ours, theirs = (
+            getattr(value, "value", value)
+            for value in (getattr(config.objective, name), getattr(start.objective, name))
         )
+        if ours != theirs:
+            wanted = "null" if theirs is None else theirs
+            raise ValueError(
+                f"objective.{name} is {ours}, the model of {config.start_from} was trained with "
+                f"{theirs}; set objective.{name}={wanted}"
+            )
 
 
 def _extended(config: FinetuneConfig, old: Vocabulary) -> Vocabulary:

@@ -29,7 +29,7 @@ from scale.data.features import check_features, feature_rows, read_features
 from scale.data.module import CellSetDataModule
 from scale.data.split_file import find_split_file
 from scale.model.model import ScaleModel
-from scale.model.sizes import first_stage_layers
+from scale.model.sizes import check_space, first_stage_layers
 from scale.runtime import (
     EXIT_AGAIN,
     RunRecord,
@@ -285,10 +285,13 @@ def build_model(
 
 
 def set_statistics(model: ScaleModel, data: CellSetDataModule) -> None:
-    """Give the model the mean and the components of the training cells, the same on all ranks."""
+    """Give the model what it needs to know of the training cells, the same on all ranks."""
     statistics = data.statistics()
-    model.set_statistics(statistics.mean_G, statistics.basis_GP)
-    for buffer in (model.mean_G, model.basis_GP):
+    model.set_statistics(statistics.mean_G, statistics.basis_GP, statistics.cells_KG)
+    buffers = [model.mean_G, model.basis_GP]
+    if model.latent is not None:
+        buffers += model.latent.buffers(recurse=False)
+    for buffer in buffers:
         dist.broadcast(buffer, src=0)
 
 
@@ -312,6 +315,7 @@ def set_features(model: ScaleModel, config: DataConfig) -> None:
 def check_sizes(config: Config, model: ModelConfig, layout: Layout) -> None:
     """Refuse sizes that the ranks cannot share, before anything is read."""
     check_layout(model, config.trainer, layout)
+    check_space(config.objective, num_stages=layout.pipeline_model_parallel_size)
 
 
 def _validation(config: Config, prepared: Prepared, layout: Layout) -> Validate | None:

@@ -141,7 +141,7 @@ def parameters_per_rank(
     layer = count_parameters(replace(config, num_layers=2), vocabulary)
     layer -= count_parameters(replace(config, num_layers=1), vocabulary)
     outside = total - config.num_layers * layer
-    shared = 4 * width * width + 3 * width * ffn
+    shared = (4 * width * width if config.cell_attention else 0) + 3 * width * ffn
     layer -= shared - shared // tensor_size
     if num_stages == 1:
         return outside + config.num_layers * layer

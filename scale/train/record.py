@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from scale.config import ModelConfig, ObjectiveConfig, Precision
 from scale.runtime import package_version
@@ -83,12 +83,15 @@ def _rebuild(schema: type, record: Mapping[str, Any]) -> Any:
     unknown = set(record) - {f.name for f in fields(schema)}
     if unknown:
         raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-    return schema(
-        **{
-            k: hints[k](v) if isinstance(hints[k], type) and issubclass(hints[k], Enum) else v
-            for k, v in record.items()
-        }
-    )
+    return schema(**{key: _typed(hints[key], value) for key, value in record.items()})
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """Return a member of an Enum, or of ``Enum | None``, for its value."""
+    for choice in get_args(kind) or (kind,):
+        if value is not None and isinstance(choice, type) and issubclass(choice, Enum):
+            return choice(value)
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
