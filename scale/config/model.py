@@ -126,6 +126,8 @@ class ObjectiveConfig:
     """Of the kernel distance between latent cells and a normal law (latent space)."""
     num_steps: int = 1
     """Sampler steps at prediction."""
+    whole_counts: bool = True
+    """Move predicted values to those of whole counts, at the library of the control cell."""
 
     def __post_init__(self) -> None:
         require_fraction("objective.zero_time_fraction", self.zero_time_fraction)

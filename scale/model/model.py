@@ -32,6 +32,7 @@ from scale.model.backend import (
     tensor_parallel_size,
 )
 from scale.model.condition import ConditionEncoder, ConditionIds
+from scale.model.counts import whole_counts
 from scale.model.encoder import (
     LinearEncoder,
     PatchEncoder,
@@ -275,6 +276,8 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
         )
         if self.latent is not None:
             cells_BSG = self.latent.cells(cells_BSG, sets, batch, seed)
+        if self.objective.whole_counts:
+            cells_BSG = whole_counts(cells_BSG, batch, self.vocabulary, seed)
         return cells_BSG if is_full else cells_BSG * mask_BS[:, :, None]
 
     @property

@@ -187,7 +187,7 @@ def _read_controls(
             )
         library = adata.obs[column].to_numpy(dtype=np.float64)[rows]
     else:
-        library = np.asarray(values.sum(axis=1), dtype=np.float64).ravel()
+        library = _library(values, vocabulary.target_sum)
     logged = _to_log1p(values, library, vocabulary)
     present = alignment.column_G >= 0
     # Missing genes stay empty columns: a product with a 0/1 matrix places the present ones.
@@ -228,6 +228,17 @@ def _report_genes(
             "kind (Ensembl ids, other species)? Raise max_missing_genes to go on"
         )
     logger.warning("%s and are set to 0", text)
+
+
+def _library(values: sp.csr_matrix, target_sum: float) -> npt.NDArray[np.float64]:
+    """Return the counts of each cell; of log1p values the smallest is that of a single count."""
+    if (values.data == np.rint(values.data)).all():
+        return np.asarray(values.sum(axis=1), dtype=np.float64).ravel()
+    single = np.full(values.shape[0], np.inf)
+    per_cell = np.repeat(np.arange(values.shape[0]), np.diff(values.indptr))
+    positive = values.data > 0
+    np.minimum.at(single, per_cell[positive], values.data[positive].astype(np.float64))
+    return target_sum / np.expm1(single)
 
 
 def _to_log1p(
