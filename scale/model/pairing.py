@@ -53,11 +53,13 @@ def pair_by_transport(
     """Pair cells by the cheapest assignment of squared distances in principal components.
 
     The assignment is solved in blocks of 64 cells, exact for sets up to that size. Rows of padding
-    stand at the end of a set.
+    stand at the end of a set. A cell that is not finite is paired with any.
     """
     control_BSP = (control_BSG.to(basis_GP.dtype) @ basis_GP).cpu()
     treated_BSP = (treated_BSG.to(basis_GP.dtype) @ basis_GP).cpu()
-    cost_BSS = torch.cdist(control_BSP, treated_BSP).square_().numpy()
+    cost_BSS = torch.cdist(control_BSP, treated_BSP).square_()
+    # A cell that is not finite makes the loss so, which every rank refuses, and names the sets.
+    cost_BSS = torch.nan_to_num(cost_BSS, nan=0.0, posinf=0.0).numpy()
     num_control_B = control_mask_BS.sum(1).tolist()
     num_treated_B = treated_mask_BS.sum(1).tolist()
     shape = control_mask_BS.shape

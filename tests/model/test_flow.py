@@ -196,6 +196,18 @@ def test_pairing_recovers_a_shuffled_copy():
     torch.testing.assert_close(pairs.partners(control[:, order]), control)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_cell_that_is_not_finite_is_paired_and_reaches_the_loss(value):
+    control, treated = cells(2, 5, 6, seed=1), cells(2, 5, 6, seed=2)
+    control[1, 3, 0] = value
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    pairs = pair_by_transport(control, treated, mask, mask, BASIS)
+    assert pairs.has_partner_BS.all()
+    assert pairs.partner_BS.sort().values.tolist() == [[0, 1, 2, 3, 4]] * 2
+    loss_B = (control - pairs.partners(treated)).square().sum((1, 2))
+    assert loss_B.isfinite().tolist() == [True, False]
+
+
 def test_random_pairing_is_the_order_of_the_draws():
     w, v = masks(5, 3, size=6), masks(4, 6, size=6)
     pairs = pair(Pairing.random, cells(2, 6, 6), cells(2, 6, 6), w, v, BASIS)
