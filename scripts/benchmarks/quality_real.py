@@ -151,7 +151,9 @@ def run(real: RealSet, seeds: Sequence[int], settings: Sequence[str], *, steps: 
 def _predict(cut: Judged, training: Path) -> Path:
     given = [f"checkpoint={training}", f"input={cut.controls}", f"conditions={cut.conditions}"]
     keys = [f"perturbation_key={LABEL}", f"cell_type_key={CONTEXT}", f"library_key={LIBRARY}"]
-    done = run_scale("predict", [*given, *keys, f"control={CONTROL}", "overwrite=true"])
+    done = run_scale(
+        "predict", [*given, *keys, f"control={CONTROL}", "include_control=false", "overwrite=true"]
+    )
     return done.folder / "predicted.h5ad"
 
 
@@ -159,7 +161,8 @@ def _evaluate(cut: Judged, predicted: dict[str, Path], seed: int) -> tuple[list[
     names = {f"m_{name}": (name, seed) for name in predicted}
     files = ",".join(f"m_{name}={path}" for name, path in predicted.items())
     given = [f"predicted=[{files}]", f"observed={cut.observed}", f"seed={seed}"]
-    given += [f"train={cut.data.store}", f"split={cut.data.split}", "overwrite=true"]
+    given += [f"train={cut.training}", f"control={CONTROL}", "overwrite=true"]
+    given += [f"perturbation_key={LABEL}", f"cell_type_key={CONTEXT}"]
     parts = ("config", "data", "evaluate", "tasks")
     done = run_scale("evaluate", given, parts=parts)
     rows = [row for row in read_scores(done.folder, cut.data, names).rows if row.method in METHODS]
