@@ -57,9 +57,9 @@ def pair_by_transport(
     """
     control_BSP = (control_BSG.to(basis_GP.dtype) @ basis_GP).cpu()
     treated_BSP = (treated_BSG.to(basis_GP.dtype) @ basis_GP).cpu()
-    cost_BSS = torch.cdist(control_BSP, treated_BSP).square_()
+    squared_BSS = torch.cdist(control_BSP, treated_BSP).square_()
     # A cell that is not finite makes the loss so, which every rank refuses, and names the sets.
-    cost_BSS = torch.nan_to_num(cost_BSS, nan=0.0, posinf=0.0).numpy()
+    cost_BSS = squared_BSS.nan_to_num_(nan=0.0, posinf=0.0).numpy()
     num_control_B = control_mask_BS.sum(1).tolist()
     num_treated_B = treated_mask_BS.sum(1).tolist()
     shape = control_mask_BS.shape
