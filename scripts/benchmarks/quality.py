@@ -38,7 +38,7 @@ from command import run_command
 from machine import describe_machine
 from quality_ablations import ON_COMPOSITION, ON_FEWSHOT, OURS, Variant
 from quality_atlas import composition, fewshot
-from quality_gains import TARGETS, Table, all_metrics, mean_of, summary
+from quality_gains import SHOWN, TARGETS, Table, mean_of, summary
 from quality_runs import (
     LOWER_IS_BETTER,
     STEPS,
@@ -57,6 +57,8 @@ ARC_STATE = "arc-state"
 SIMULATED, SCRIPTS = ("fewshot", "composition", "ablations"), ("unseen", "transfer", "real")
 BASELINES = ("perturbation_mean", "context_transfer", "additive")
 """Of which a claim must be above each; the second is what arc-state's papers call the first."""
+NOT_SHOWN = ("context_mean", "other_perturbation", "oracle_mean")
+"""Floors and ceilings, whose rows are in the JSON file."""
 QUICK_STEPS = 150
 Made = tuple[Dataset, str, int, Done]
 Task = Callable[[], Made]
@@ -156,14 +158,19 @@ def show(title: str, rows: Sequence[Row]) -> Table:
     units, seeds = table.units(), {row.model_seed for row in rows if row.model_seed is not None}
     data_seeds = len({row.data_seed for row in rows})
     print(f"\n{title}: {data_seeds} data seeds, {len(units)} contexts, {len(seeds)} model seeds")
-    print(f"{'':22}" + "".join(f"{metric[:20]:>22}" for metric in all_metrics()))
-    for method in table.methods:
+    print(f"{'':22}" + "".join(f"{metric:>22}" for metric in SHOWN))
+    for method in told(table):
         cells = [
             str(mean_of(table, method, table.better_form(method, metric), metric))
-            for metric in all_metrics()
+            for metric in SHOWN
         ]
         print(f"{method[:21]:22}" + "".join(f"{cell:>22}" for cell in cells))
     return table
+
+
+def told(table: Table) -> list[str]:
+    """Return the methods to show: without those that answer other questions than how good."""
+    return [method for method in table.methods if method not in NOT_SHOWN]
 
 
 def show_gains(title: str, found: dict[str, Any]) -> None:
@@ -171,8 +178,8 @@ def show_gains(title: str, found: dict[str, Any]) -> None:
     print(f"\n{title}: relative gain of {OURS} over {ARC_STATE} {VERSION} (positive is better)")
     for metric, least in TARGETS.items():
         value, low, high = (found[f"gain_{metric}{end}"] for end in ("", "_low", "_high"))
-        told = "-" if value is None else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-        print(f"  {metric:20} {told:28} aimed at {least:+.2f}")
+        text = "-" if value is None else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+        print(f"  {metric:20} {text:28} aimed at {least:+.2f}")
     missed = [name for name, is_reached in found["reached"].items() if not is_reached]
     print(f"  not reached: {', '.join(missed) or 'none'}")
 
@@ -183,7 +190,7 @@ def draw(table: Table, path: Path) -> None:
     from scale.plot.canvas import method_colours, png
 
     rows = []
-    for method in table.methods:
+    for method in told(table):
         for metric in TARGETS:
             form = table.better_form(method, metric)
             found = mean_of(table, method, form, metric)
@@ -193,8 +200,8 @@ def draw(table: Table, path: Path) -> None:
                 {"method": method, "form": form, "metric": metric, "better": better, **ends}
             )
     models = [m for m in (OURS, ARC_STATE) if m in table.methods]
-    colours = method_colours(models, [m for m in table.methods if m not in models])
-    order = {m: colours[m] for m in table.methods}
+    colours = method_colours(models, [m for m in told(table) if m not in models])
+    order = {method: colours[method] for method in told(table)}
     labels = {metric: metric.replace("_", " ") for metric in TARGETS}
     figure = score_panels(pd.DataFrame(rows), list(TARGETS), labels=labels, colours=order)
     path.write_bytes(png(figure))

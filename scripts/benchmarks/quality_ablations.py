@@ -21,6 +21,12 @@ class Variant:
     """Whether a default hangs on it: then it is run with all model seeds, else with the first."""
 
 
+FLOW_MATCHING = (
+    *("objective.prediction=velocity", "objective.time=uniform", "objective.num_steps=10"),
+    *("objective.energy_weight=0", "objective.mean_weight=0", "objective.point_weight=1"),
+)
+"""Velocities between pairs, and nothing else: the usual objective."""
+
 ON_FEWSHOT = (
     Variant("time zero", ("objective.time=zero",), decides=True),
     Variant("time uniform", ("objective.time=uniform",), decides=True),
@@ -35,7 +41,8 @@ ON_FEWSHOT = (
     Variant("no attention of cells", ("model.cell_attention=false",), decides=True),
     Variant("summary of 1 cell", ("model.num_summary_cells=1",), decides=True),
     Variant("velocity", ("objective.prediction=velocity", "objective.num_steps=10")),
-    Variant("prior gaussian", ("objective.prior=gaussian", "objective.num_steps=10")),
+    Variant("flow matching", FLOW_MATCHING),
+    Variant("prior gaussian", ("objective.prior=gaussian",)),
     Variant("objective of the paper", ("objective=scale_paper",)),
 )
 """On the few-shot screen."""
