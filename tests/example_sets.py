@@ -54,6 +54,20 @@ def vocabulary(genes: tuple[str, ...] = tuple(f"gene{i}" for i in range(G))) -> 
     )
 
 
+FEATURED: dict[str, Any] = {
+    "feature_blocks": ({"kind": "vector", "size": 7},),
+    "described": ("new0", "new1"),
+}
+"""Of a vocabulary with features: its last drug has none, two names are known by theirs alone."""
+
+
+def features() -> Tensor:
+    """Return the features of :data:`FEATURED` by row: unknown, control, drugs, what is new."""
+    feature_CV = cells(len(DRUGS) + 4, 7, seed=12) + 0.1
+    feature_CV[[0, 1, len(DRUGS) + 1]] = 0
+    return feature_CV
+
+
 def cells(*shape: int, seed: int = 0) -> Tensor:
     """Return values like log1p expression: never negative, half of them 0."""
     generator = torch.Generator().manual_seed(seed)
@@ -121,11 +135,12 @@ def build(
     precision: Precision = Precision.fp32,
     recompute: bool = False,
     with_statistics: bool = True,
+    with_features: bool = False,
 ) -> ScaleModel:
     model = ScaleModel(
         config or sizes(),
         objective or ObjectiveConfig(),
-        vocabulary(),
+        replace(vocabulary(), **FEATURED if with_features else {}),
         seed=seed,
         precision=precision,
         recompute=recompute,
@@ -133,6 +148,8 @@ def build(
     if with_statistics:
         basis_GP, _ = torch.linalg.qr(cells(G, 5, seed=8))
         model.set_statistics(cells(G, seed=9), basis_GP)
+    if with_features and model.pre_process:
+        model.condition.set_features(features())
     return model
 
 

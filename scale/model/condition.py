@@ -36,6 +36,8 @@ HIDE_CELL_TYPE = 15
 HIDE_BATCH = 16
 HIDE_NAME = 17
 
+SILU_GAIN = 0.6
+"""Root mean square of SiLU for standard normal numbers."""
 NUM_DOSE_FREQUENCIES = 16
 NUM_TIME_FREQUENCIES = 128
 
@@ -125,6 +127,10 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.inner = nn.Linear(num_features, width)
         self.outer = nn.Linear(width, width)
+        # Its output starts as large as a row of the table: at the size of an ordinary map it would
+        # be a thirtieth of that, and features be learned too late.
+        embedding_start(self.inner.weight, 1 / math.sqrt(num_features))
+        embedding_start(self.outer.weight, 1 / (SILU_GAIN * math.sqrt(width)))
         # Kept with the weights, so that a model needs no other file for the names it knows.
         self.register_buffer("feature_CV", torch.zeros(num_components, num_features))
 

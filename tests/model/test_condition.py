@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from example_sets import batch, build, cells, shake, sizes
+from example_sets import DRUGS, batch, build, cells, features, shake, sizes, vocabulary
 
-from scale.model.condition import ConditionIds
-from scale.types import ABSENT
+from scale.config import Fusion
+from scale.model.condition import ConditionEncoder, ConditionIds
+from scale.types import ABSENT, UNKNOWN_COMPONENT
 
 NAN = math.nan
 
@@ -126,3 +127,95 @@ def test_nothing_is_hidden_at_zero():
     )
     known = ids([[3, 4]], [[1.0, NAN]])
     assert known.dropped(config, torch.arange(1), seed=1, has_features=True) is known
+
+
+# --- features -------------------------------------------------------------------------------------
+
+WITHOUT = len(DRUGS) + 1
+"""Row of a drug that has no features."""
+NEW = len(DRUGS) + 2
+"""First row of what is known by features alone."""
+
+
+@pytest.fixture(scope="module")
+def featured(alone):
+    return shake(build(with_features=True).condition)
+
+
+def vectors(condition, components, doses=None):
+    doses = [[NAN] * len(components)] if doses is None else doses
+    return condition.perturbed(ids([components], doses))
+
+
+def test_a_name_is_its_row_and_its_features(featured):
+    mapped = featured.features.outer(
+        torch.nn.functional.silu(featured.features.inner(features()[[3, NEW]]))
+    )
+    table = featured.component_table
+    torch.testing.assert_close(vectors(featured, [3]).sum_BD[0], table[3] + mapped[0])
+    torch.testing.assert_close(
+        vectors(featured, [NEW]).sum_BD[0], table[UNKNOWN_COMPONENT] + mapped[1]
+    )
+
+
+@pytest.mark.parametrize("row", [0, 1, WITHOUT])
+def test_without_features_a_name_is_its_row_exactly(featured, row):
+    assert torch.equal(vectors(featured, [row]).sum_BD[0], featured.component_table[row])
+    hidden = replace(ids([[row]], [[NAN]]), hidden_BJ=torch.tensor([[True]]))
+    assert torch.equal(featured.perturbed(hidden).sum_BD[0], featured.component_table[row])
+
+
+def test_a_hidden_name_leaves_its_features(featured):
+    known = ids([[3, WITHOUT, ABSENT]], [[NAN, NAN, NAN]])
+    hidden = featured.perturbed(replace(known, hidden_BJ=torch.tensor([[True, True, True]])))
+    expected = featured.perturbed(known).component_BJD.clone()
+    table = featured.component_table
+    expected[0, 0] += table[UNKNOWN_COMPONENT] - table[3]
+    torch.testing.assert_close(hidden.component_BJD, expected)
+
+
+def test_new_names_add_up_in_any_order_and_take_doses(featured):
+    one, two = ids([[3, NEW]], [[NAN, 2.0]]), ids([[NEW, 3]], [[2.0, NAN]])
+    torch.testing.assert_close(modulation(featured, one), modulation(featured, two))
+    apart = [vectors(featured, [3]), vectors(featured, [NEW], [[2.0]])]
+    both = featured.perturbed(one).sum_BD
+    torch.testing.assert_close(both, apart[0].sum_BD + apart[1].sum_BD)
+    assert not torch.allclose(apart[1].sum_BD, vectors(featured, [NEW]).sum_BD)
+
+
+def test_features_start_as_large_as_a_row_of_the_table(alone):
+    fresh = build(sizes(hidden_size=64), with_features=True).condition
+    mapped, _ = fresh.features(torch.arange(2, WITHOUT))
+    assert 0.3 < mapped.std().item() < 3
+
+
+def test_names_are_hidden_by_set_and_component():
+    config, n = sizes(condition_dropout=0.0, identity_dropout=0.3), 4000
+    known = ids([[3, 4]] * n, [[1.0, NAN]] * n, [1] * n, [2] * n)
+    index = torch.arange(n)
+    hidden = known.dropped(config, index, seed=1, has_features=True).hidden_BJ
+    error = math.sqrt(0.3 * 0.7 / n)
+    assert ((hidden.float().mean(0) - 0.3).abs() < 4 * error).all()
+    assert (hidden.all(1).float().mean() - 0.09).abs() < 0.02  # one does not hide the other
+    part = ids([[3, 4]] * 10, [[1.0, NAN]] * 10, [1] * 10, [2] * 10)
+    again = part.dropped(config, index[500:510], seed=1, has_features=True).hidden_BJ
+    assert torch.equal(again, hidden[500:510])
+    assert known.dropped(config, index, seed=1, has_features=False).hidden_BJ is None
+
+
+# --- fusion ---------------------------------------------------------------------------------------
+
+
+def test_the_sum_of_the_tokens_in_place_of_the_seed(alone):
+    condition = shake(ConditionEncoder(sizes(fusion=Fusion.sum), vocabulary()))
+    these, summary = ids([[3, 4, ABSENT]], [[1.0, NAN, NAN]]), cells(1, 16, seed=4)
+    perturbed = condition.perturbed(these)
+    facts = condition.cell_type_table[1] + condition.batch_table[1] + summary
+    waves = torch.outer(torch.tensor([500.0]), condition.time_frequency_F)
+    time = condition.time(torch.cat([waves.sin(), waves.cos()], -1))
+    token = torch.nn.functional.silu(perturbed.sum_BD + facts + time)
+    expected = condition.modulation(token).view(1, 6, -1)
+    torch.testing.assert_close(
+        condition(these, perturbed, summary, torch.tensor([0.5])), expected, rtol=1e-4, atol=1e-4
+    )
+    assert not {"seed_1D", "query.weight"} & set(dict(condition.named_parameters()))

@@ -8,7 +8,7 @@ import torch
 from example_sets import B, G, S, U, batch, build, cells, in_float64, shake, sizes, take, vocabulary
 from torch.utils.flop_counter import FlopCounterMode
 
-from scale.config import Head, ModelConfig, ObjectiveConfig, Pairing, Precision, TimeLaw
+from scale.config import Fusion, Head, ModelConfig, ObjectiveConfig, Pairing, Precision, TimeLaw
 from scale.model.condition import ConditionIds
 from scale.model.sizes import count_parameters, forward_flops_per_cell
 
@@ -284,6 +284,11 @@ def test_bf16_is_near_fp32():
 @BOTH
 def test_parameters_are_as_many_as_the_formula_says(gene_layers, qk_norm):
     model = build(sizes(gene_layers=gene_layers, qk_norm=qk_norm))
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_of_features_and_of_fusion_by_sum():
+    model = build(sizes(fusion=Fusion.sum), with_features=True)
     assert model.num_parameters() == sum(p.numel() for p in model.parameters())
 
 
