@@ -129,8 +129,9 @@ class FeatureMap(nn.Module):
         self.outer = nn.Linear(width, width)
         # Its output starts as large as a row of the table: at the size of an ordinary map it would
         # be a thirtieth of that, and features be learned too late.
-        embedding_start(self.inner.weight, 1 / math.sqrt(num_features))
-        embedding_start(self.outer.weight, 1 / (SILU_GAIN * math.sqrt(width)))
+        for linear, gain in ((self.inner, 1.0), (self.outer, SILU_GAIN)):
+            weight, _bias = linear.parameters()
+            embedding_start(weight, 1 / (gain * math.sqrt(linear.in_features)))
         # Kept with the weights, so that a model needs no other file for the names it knows.
         self.register_buffer("feature_CV", torch.zeros(num_components, num_features))
 

@@ -270,6 +270,7 @@ class Predictor:
             "num_steps": self._num_steps(options),
             "guidance": options.guidance,
             "missing_genes": list(query.missing_genes),
+            "feature_sha256": self.vocabulary.feature_sha256 or "",
         }
 
     def _num_steps(self, options: _Sampling) -> int:
