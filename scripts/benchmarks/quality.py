@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -50,7 +49,7 @@ from quality_runs import (
     predict,
     pretrain,
 )
-from quality_state import best_kept, best_rate, state_run
+from quality_state import best_kept, best_rate, read_record, state_run
 from state_runs import VERSION
 
 ARC_STATE = "arc-state"
@@ -74,7 +73,8 @@ class Plan:
     settings: Sequence[str]
     pool: ThreadPoolExecutor
     is_quick: bool = False
-    costs: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    trainings: list[dict[str, Any]] = field(default_factory=list)
+    """What each training was and took."""
 
     @property
     def steps(self) -> int:
@@ -84,6 +84,12 @@ class Plan:
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         """Return what a function says of each item, some at once."""
         return list(self.pool.map(function, items))
+
+    def note(self, data: Dataset, method: str, seed: int, run: Done, facts: dict[str, Any]) -> None:
+        """Keep what a training was and took."""
+        place = {"dataset": data.name, "data_seed": data.seed, "model_seed": seed}
+        cost = {"method": method, "cpu_seconds": run.cpu_seconds}
+        self.trainings.append({**place, **cost, **facts})
 
 
 # --- one family of datasets ---------------------------------------------------------------------
@@ -116,7 +122,8 @@ def ablate(plan: Plan, make: Callable[[int], Dataset], variants: Sequence[Varian
 def ours(plan: Plan, data: Dataset, seed: int, variant: Variant) -> Made:
     """Train and predict with a variant of this package's model."""
     run = pretrain(data, seed, [*plan.settings, *variant.settings], steps=plan.steps)
-    plan.costs[f"{data.name} {variant.name}"].append(run.cpu_seconds)
+    started = json.loads((run.folder / "run.json").read_text())["starts"][-1]
+    plan.note(data, variant.name, seed, run, {"parameters": started["parameters"]})
     return data, variant.name, seed, predict(run, data)
 
 
@@ -124,7 +131,7 @@ def states(plan: Plan, datasets: Sequence[Dataset]) -> list[Task]:
     """Return the trainings of arc-state; in a quick run those that are there."""
 
     def made(data: Dataset, seed: int, run: Done) -> Made:
-        plan.costs[f"{data.name} {ARC_STATE}"].append(run.cpu_seconds)
+        plan.note(data, ARC_STATE, seed, run, read_record(run))
         return data, ARC_STATE, seed, run
 
     pairs = [(data, seed) for data in datasets for seed in plan.model_seeds]
@@ -226,9 +233,9 @@ def simulated(plan: Plan, parts: Sequence[str], figure: Path | None) -> dict[str
         if "ablations" in parts:
             table = show(f"ablations on {name}", ablate(plan, make, variants))
             record.setdefault("ablations", []).extend(row.record() for row in table.rows)
-    record["cpu_seconds_per_training"] = {
-        name: round(sum(costs) / len(costs), 1) for name, costs in plan.costs.items()
-    }
+    record["trainings"] = plan.trainings
+    for name, costs in pd.DataFrame(plan.trainings).groupby("method", sort=False)["cpu_seconds"]:
+        print(f"{name}: {costs.mean():.0f} CPU s a training, {len(costs)} trainings")
     return record
 
 
@@ -270,7 +277,8 @@ def main() -> None:
         if arguments.quick:
             seeds = (arguments.data_seeds[:1], arguments.model_seeds[:1])
         plan = Plan(*seeds, arguments.set, pool, arguments.quick)
-        record |= simulated(plan, chosen, arguments.figure)
+        if any(part in SIMULATED for part in chosen):
+            record |= simulated(plan, chosen, arguments.figure)
     for part in (p for p in SCRIPTS if p in chosen):
         record[part] = script(part, is_quick=arguments.quick)
     if arguments.json is not None:
