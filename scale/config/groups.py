@@ -187,7 +187,7 @@ class OptimizerConfig:
     """AdamW with linear warm-up and a cosine, and the moving average of weights."""
 
     lr: float | None = None
-    """Peak learning rate; null = the model's, a third of it in finetune."""
+    """Peak learning rate; null = the model's, a third in finetune unless genes are replaced."""
     final_lr_fraction: float = 0.1
     warmup_steps: int = 100
     weight_decay: float = 0.01

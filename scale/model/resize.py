@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from scale.types import CONTROL_COMPONENT, CheckpointError, Vocabulary
+from scale.types import CONTROL_COMPONENT, UNKNOWN_COMPONENT, CheckpointError, Vocabulary
 
 _TABLES = "condition.component_table", "condition.cell_type_table", "condition.batch_table"
 _ENCODER: dict[str, Callable[[Tensor], Tensor]] = {
@@ -53,10 +53,12 @@ def extend_state(
 ) -> dict[str, Tensor]:
     """Return the state of a model for ``new`` with what was trained for ``old``.
 
-    Rows of a table move with their names; a new name starts at the mean of the named rows. Where
-    the genes differ, the weights of a gene move with its symbol, those of a new gene stay fresh
-    (a readout of zero), and patches keep their identity by place. Features of a name that has none
-    in ``fresh`` are those of the checkpoint; their map stays fresh where that had none.
+    Rows of a table move with their names. A new name keeps a fresh row of its own, since names that
+    start at one point are told apart only slowly; one with features starts at the row of the
+    unknown, as it was predicted before. Where the genes differ, the weights of a gene move with its
+    symbol, those of a new gene stay fresh (a readout of zero), and patches keep their identity by
+    place. Features of a name that has none in ``fresh`` are those of the checkpoint; their map
+    stays fresh where that had none.
 
     Parameters
     ----------
@@ -88,8 +90,10 @@ def extend_state(
         value = trained[name]
         if name in tables:
             value = _move_table(start, value, *tables[name])
+            if name == _TABLES[0] and old.num_features:
+                _start_at_unknown(value, _moved_features(fresh, trained, old, new), old, new)
         elif name == _FEATURES:
-            value = _move_features(start, value, old, new)
+            value = _moved_features(fresh, trained, old, new)
         elif not same_genes and name in _PER_PATCH:
             value = _move_patches(start, value)
         elif not same_genes:
@@ -119,20 +123,31 @@ def _table_names(old: Vocabulary, new: Vocabulary) -> list[_Names]:
 def _move_table(
     start: Tensor, value: Tensor, old: Sequence[str], new: Sequence[str], num_special: int
 ) -> Tensor:
-    named = value[num_special:] if len(value) > num_special else value
-    table = named.mean(0, keepdim=True).expand(len(new), -1).clone()
+    table = start.clone()
     # Special rows move by place, whatever the control is called.
     table[:num_special] = value[:num_special]
     row = {name: i for i, name in enumerate(old) if i >= num_special}
     places = [(i, row[name]) for i, name in enumerate(new) if i >= num_special and name in row]
     if places:
         to, of = zip(*places, strict=True)
-        table[list(to)] = value[list(of)]
-    return table.to(start.device)
+        table[list(to)] = value[list(of)].to(table)
+    return table
 
 
-def _move_features(start: Tensor, value: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor:
+def _start_at_unknown(table: Tensor, feature_CV: Tensor, old: Vocabulary, new: Vocabulary) -> None:
+    """Give new names with features the row that stood for them when only those were known."""
+    has_features = feature_CV.any(1).tolist()
+    known = set(old.components)
+    for row, name in enumerate(new.components):
+        if has_features[row] and name not in known:
+            table[row] = table[UNKNOWN_COMPONENT]
+
+
+def _moved_features(
+    fresh: Mapping[str, Tensor], trained: Mapping[str, Tensor], old: Vocabulary, new: Vocabulary
+) -> Tensor:
     """Return the features of the new names: those given anew, else those of the checkpoint."""
+    start, value = fresh[_FEATURES], trained[_FEATURES]
     moved = start.clone()
     has_own = start.any(1).tolist()
     for name, row in new.row_of.items():

@@ -3,11 +3,12 @@
 scale finetune start_from=runs/tahoe-base data.store=data/mine name=mine
 
 The sizes are those of the checkpoint. New perturbations, cell types and batches get rows of their
-own, which begin at the mean of their table; the list of genes stays, unless ``replace_genes``.
+own; the list of genes stays, unless ``replace_genes``.
 Features of perturbations that the checkpoint has are kept; a file adds those of new ones.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from scale.types import Vocabulary
 logger = logging.getLogger(__name__)
 
 _LR_FRACTION = 1 / 3
-"""Of the model's rate, where ``optimizer.lr`` is not given."""
+"""Of the model's rate, where ``optimizer.lr`` is not given and no layer starts anew."""
 
 
 def run(config: FinetuneConfig, stop: StopSignal) -> int:
@@ -69,10 +70,15 @@ def _prepare(
         model=model,
         record=record,
         data=data,
-        peak_lr=record.model.lr * _LR_FRACTION
-        if config.optimizer.lr is None
-        else config.optimizer.lr,
+        peak_lr=_peak_rate(config, record),
     )
+
+
+def _peak_rate(config: FinetuneConfig, record: ModelRecord) -> float:
+    """Return the given rate; else the model's for genes that start anew, and a third of it."""
+    if config.optimizer.lr is not None:
+        return config.optimizer.lr
+    return record.model.lr * (1.0 if config.replace_genes else _LR_FRACTION)
 
 
 def _find_start(path: Path) -> Path:
@@ -105,6 +111,7 @@ def _extended(config: FinetuneConfig, old: Vocabulary) -> Vocabulary:
         new = extend_vocabulary(old, store, training_conditions(store, data), features)
         if config.replace_genes:
             new = replace(new, genes=store.genes.symbols)
+            _check_genes(config, old.genes, new.genes)
     finally:
         store.close()
     logger.info(
@@ -118,6 +125,28 @@ def _extended(config: FinetuneConfig, old: Vocabulary) -> Vocabulary:
         else "",
     )
     return new
+
+
+def _check_genes(config: FinetuneConfig, old: Sequence[str], new: Sequence[str]) -> None:
+    """Refuse genes that start anew in a frozen encoder; warn if all do."""
+    known = set(old)
+    fresh = [gene for gene in new if gene not in known]
+    if fresh and config.freeze_encoder:
+        raise ValueError(
+            f"freeze_encoder=true would leave {len(fresh):,} new genes of {config.data.store} "
+            f"({', '.join(fresh[:3])}, ...) with weights that were never trained; set "
+            "freeze_encoder=false, or replace_genes=false to leave them out"
+        )
+    if len(fresh) == len(new):
+        logger.warning(
+            "none of the %d genes of %s (%s, ...) is among those of %s (%s, ...): all layers that "
+            "touch genes start anew",
+            len(new),
+            config.data.store,
+            new[0],
+            config.start_from,
+            old[0],
+        )
 
 
 def _take_weights(

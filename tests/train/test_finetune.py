@@ -64,7 +64,7 @@ def test_new_names_get_rows_and_old_ones_keep_theirs(pretrained, toy_store_path,
     assert new.genes == old.genes
     table = "condition.cell_type_table"
     torch.testing.assert_close(after[table][:-1], before[table])
-    torch.testing.assert_close(after[table][-1], before[table][1:].mean(0))
+    assert torch.cdist(after[table][-1:], before[table]).min() > 2.0  # as random rows
     for name in before.keys() - {table}:
         if before[name].shape == after[name].shape:
             torch.testing.assert_close(after[name], before[name], msg=name)
@@ -134,6 +134,24 @@ def test_replaced_genes_are_those_of_the_store(pretrained, toy_conditions, tmp_p
     name = "encoder.genes.weight"
     torch.testing.assert_close(after[name][:, kept], before[name][:, kept])
     assert not torch.equal(after[name][:, 7], before[name][:, 7])
+    with pytest.raises(
+        ValueError, match=r"would leave 1 new genes of .* \(fresh, ...\) with weights"
+    ):
+        finetune(tmp_path / "x", pretrained, store, "replace_genes=true", "freeze_encoder=true")
+
+
+def test_layers_that_start_anew_learn_at_the_rate_of_the_model(pretrained, tmp_path, caplog):
+    from scale.tasks.finetune import _check_genes, _peak_rate
+
+    given = ["start_from=run", "data.store=atlas", "replace_genes=true"]
+    config = compose("finetune", given, run_dir=tmp_path)
+    record = read_record(pretrained / "export")[0]
+    assert _peak_rate(config, record) == record.model.lr
+    with caplog.at_level("WARNING", logger="scale.tasks.finetune"):
+        _check_genes(config, ("TP53", "MYC"), ("ENSG1", "MYC"))
+        assert not caplog.records
+        _check_genes(config, ("TP53", "MYC"), ("ENSG1", "ENSG2"))
+    assert "none of the 2 genes of atlas (ENSG1, ...) is among those of run (TP53" in caplog.text
 
 
 def test_contradictions_are_refused(pretrained, toy_store_path, tmp_path):
