@@ -10,7 +10,7 @@ model can be checked against the truth. Nothing here is biological.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -176,6 +176,24 @@ class Atlas:
         return AnnData(
             X=self.counts.astype(np.float32), obs=obs, var=pd.DataFrame(index=self.genes)
         )
+
+    def part(self, lines: Sequence[str], drugs: Sequence[str], genes: Sequence[str]) -> AnnData:
+        """Return the cells of some lines under some drugs, with their controls, and some genes.
+
+        Parts of one atlas with other lines are atlases of their own that share programmes and
+        mechanisms, as far as they share drugs and genes.
+
+        Raises
+        ------
+        ValueError
+            If a name is not in the atlas.
+        """
+        for names, known in ((lines, self.lines), (drugs, self.drugs), (genes, self.genes)):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"{unknown[0]!r} is not in the atlas; it has {known[0]!r}, ...")
+        whole = self.to_anndata()
+        is_here = whole.obs["cell_line"].isin(lines) & whole.obs["drug"].isin([*drugs, CONTROL])
+        return whole[is_here.to_numpy(), list(genes)].copy()
 
     def write_h5ad(self, path: Path) -> None:
         """Write the cells as h5ad."""

@@ -99,6 +99,19 @@ def test_tahoe_rows_hold_the_same_counts(atlas, tmp_path):
     assert list(genes["gene_symbol"]) == atlas.genes
 
 
+def test_part_has_the_named_cells_and_genes_with_their_controls(atlas):
+    lines, drugs, genes = atlas.lines[1:], atlas.drugs[2:4], atlas.genes[100:20:-1]
+    part = atlas.part(lines, drugs, genes)
+    assert set(part.obs["cell_line"]) == set(lines)
+    assert set(part.obs["drug"]) == {*drugs, CONTROL}
+    assert list(part.var_names) == genes
+    named = atlas.obs["cell_line"].isin(lines) & atlas.obs["drug"].isin([*drugs, CONTROL])
+    assert list(part.obs_names) == list(atlas.obs.index[named])
+    assert (atlas.counts[named.to_numpy()][:, 100:20:-1] != part.X).nnz == 0
+    with pytest.raises(ValueError, match="'LINE-Z' is not in the atlas; it has 'LINE-A', ..."):
+        atlas.part(["LINE-Z"], drugs, genes)
+
+
 def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="num_inert"):
         SimulationConfig(num_drugs=3, num_inert=3)
