@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from command import run_command
 from machine import describe_machine
 from quality_ablations import ON_COMPOSITION, ON_FEWSHOT, OURS, Variant
 from quality_atlas import composition, fewshot
-from quality_gains import SHOWN, TARGETS, Table, mean_of, summary
+from quality_gains import SHOWN, TARGETS, Table, ablation, mean_of, summary
 from quality_runs import (
     LOWER_IS_BETTER,
     STEPS,
@@ -111,9 +112,8 @@ def ablate(plan: Plan, make: Callable[[int], Dataset], variants: Sequence[Varian
     datasets = plan.map(make, plan.data_seeds)
     tasks = [
         partial(ours, plan, data, seed, variant)
-        for variant in (Variant(OURS, decides=True), *variants)
-        for data in datasets
-        for seed in (plan.model_seeds if variant.decides else plan.model_seeds[:1])
+        for variant in (Variant(OURS), *variants)
+        for data, seed in zip(datasets, cycle(plan.model_seeds), strict=False)
     ]
     lean = ("protocol.ceiling=false", "protocol.baselines=false")
     return judge(plan, datasets, tasks, lean)
@@ -191,6 +191,18 @@ def show_gains(title: str, found: dict[str, Any]) -> None:
     print(f"  not reached: {', '.join(missed) or 'none'}")
 
 
+def show_ablation(table: Table) -> dict[str, Any]:
+    """Print what the default gains over each row, and return it."""
+    print(f"relative gain of {OURS} over each row (positive: the default is better)")
+    found = ablation(table, OURS)
+    for method, gains in found.items():
+        print(f"{method[:21]:22}" + "".join(f"{gains[metric]!s:>22}" for metric in TARGETS))
+    return {
+        method: {metric: [g.value, g.low, g.high] for metric, g in gains.items()}
+        for method, gains in found.items()
+    }
+
+
 def draw(table: Table, path: Path) -> None:
     """Write bars of the metrics that are compared."""
     from scale.plot.bars import score_panels
@@ -233,6 +245,7 @@ def simulated(plan: Plan, parts: Sequence[str], figure: Path | None) -> dict[str
         if "ablations" in parts:
             table = show(f"ablations on {name}", ablate(plan, make, variants))
             record.setdefault("ablations", []).extend(row.record() for row in table.rows)
+            record[f"ablation_gains_{name}"] = show_ablation(table)
     record["trainings"] = plan.trainings
     for name, costs in pd.DataFrame(plan.trainings).groupby("method", sort=False)["cpu_seconds"]:
         print(f"{name}: {costs.mean():.0f} CPU s a training, {len(costs)} trainings")

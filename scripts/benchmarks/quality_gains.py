@@ -63,15 +63,20 @@ class Table:
         return list(dict.fromkeys(row.form for row in self.rows if row.method == method))
 
     def values(self, method: str, form: str, metric: str) -> Floats:
-        """Return values_US of units x model seeds; a unit that some seed lacks is NaN there."""
+        """Return values_US of units x model seeds, NaN where there is none.
+
+        Column s is the s-th model seed of each data seed.
+        """
         chosen = [row for row in self.rows if row.method == method and row.form == form]
-        seeds = list(dict.fromkeys(row.model_seed for row in chosen))
-        units = self.units()
-        values_US = np.full((len(units), len(seeds)), np.nan)
+        seeds: dict[tuple[str, int], list[int | None]] = {}
         for row in chosen:
+            seeds.setdefault((row.dataset, row.data_seed), []).append(row.model_seed)
+        units = self.units()
+        values_US = np.full((len(units), max(map(len, seeds.values()))), np.nan)
+        for row in chosen:
+            column = seeds[(row.dataset, row.data_seed)].index(row.model_seed)
             for context, value in row.by_context.get(metric, {}).items():
-                place = (row.dataset, row.data_seed, context)
-                values_US[units.index(place), seeds.index(row.model_seed)] = value
+                values_US[units.index((row.dataset, row.data_seed, context)), column] = value
         return values_US
 
     def units(self) -> list[tuple[str, int, str]]:
@@ -165,6 +170,15 @@ def summary(table: Table, method: str, rival: str, baselines: Sequence[str]) -> 
     reached["num_de_ratio"] = NUM_DE[0] <= num_de <= NUM_DE[1]
     found |= {"variance_ratio": _number(variance), "num_de_ratio": _number(num_de)}
     return {**found, "reached": reached}
+
+
+def ablation(table: Table, default: str) -> dict[str, dict[str, Estimate]]:
+    """Return row -> metric -> gain of the default over it."""
+    return {
+        method: {metric: gain_of(table, metric, default, method) for metric in TARGETS}
+        for method in table.methods
+        if method != default
+    }
 
 
 def _number(value: float) -> float | None:
