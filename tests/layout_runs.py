@@ -83,6 +83,7 @@ def make_engine(run: Run, layout: Layout, changes: dict, *, in_double: bool = Fa
         ObjectiveConfig(mmd_weight=0.2, masked_gene_fraction=0.25),
         precision=run.precision,
         recompute=run.recompute,
+        with_features=True,
     )
     shake(model)
     reduction = engine.DistributedDataParallelConfig
