@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale.config import Backend, Precision
+from scale.model.functions import NORM_EPSILON, RMSNorm, SDPACoreAttention, swiglu
 
 with warnings.catch_warnings():
     # Remarks on Transformer Engine, Apex and torch.jit at import; which layers are used is logged.
@@ -77,8 +78,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-NORM_EPSILON = 1e-6
-
 
 def tensor_parallel_size() -> int:
     """Return how many ranks share each set block."""
@@ -113,74 +112,17 @@ def last_stage() -> int:
 # --- layers of the torch provider ---------------------------------------------------------------
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, statistics in float32 at least.
+class SwiGLU(MLP):  # type: ignore[misc]
+    """Megatron's gated linear unit without bias: W_2 (SiLU(gate) up), gate and up by one map.
 
-    Megatron's own torch norm ignores ``params_dtype`` and refuses sequence parallelism.
+    Megatron's own adds an offset of zero, and its gradient is put together of copies.
     """
 
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = NORM_EPSILON, **_: object
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Read by Megatron, which then sums the gradient over ranks that hold different cells.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x / rms(x) * weight in the dtype of ``x``."""
-        if x.dtype in (torch.bfloat16, torch.float16):
-            normal = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
-            return normal.to(x.dtype) * self.weight
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-class SDPACoreAttention(nn.Module):
-    """Bidirectional attention by torch's scaled dot product attention, for Megatron's attention.
-
-    Megatron's own torch attention materialises the scores: 2.5 times the memory at 1,024 cells.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **_: object,
-    ) -> None:
-        super().__init__()
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query_SBHE: Tensor,
-        key_SBHE: Tensor,
-        value_SBHE: Tensor,
-        attention_mask: Tensor | None,
-        packed_seq_params: object | None = None,
-        **_: object,
-    ) -> Tensor:
-        """Return attended values [S, B, H E]; ``attention_mask`` is True where a key is hidden."""
-        if packed_seq_params is not None:
-            raise ValueError("packed sequences are not supported; sets have equal lengths")
-        dtype = query_SBHE.dtype
-        if dtype == torch.bfloat16 and query_SBHE.device.type == "cpu":
-            # On a CPU torch takes twice as long for attention in bf16 as with fp32 inside.
-            query_SBHE, key_SBHE, value_SBHE = (
-                x_SBHE.float() for x_SBHE in (query_SBHE, key_SBHE, value_SBHE)
-            )
-        attended_BHSE = F.scaled_dot_product_attention(
-            query_SBHE.permute(1, 2, 0, 3),
-            key_SBHE.permute(1, 2, 0, 3),
-            value_SBHE.permute(1, 2, 0, 3),
-            # torch's mask is True where a key is seen
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            scale=self.softmax_scale,
-        )
-        return attended_BHSE.permute(2, 0, 1, 3).flatten(2).to(dtype)
+    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+        """Return new cells and no bias."""
+        gate_and_up, _bias = self.linear_fc1(hidden_states)
+        fed, _bias = self.linear_fc2(swiglu(gate_and_up))
+        return fed, None
 
 
 class TorchSpecProvider(LocalSpecProvider):  # type: ignore[misc]
@@ -337,7 +279,7 @@ def build_block(
         self_attn_bda=_bias_dropout_add,
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
-            module=MLP,
+            module=SwiGLU,
             params={"ffn_hidden_size": config.ffn_hidden_size},
             submodules=MLPSubmodules(
                 linear_fc1=provider.column_parallel_linear(),

@@ -27,6 +27,7 @@ from scale.model.backend import (
     tensor_parallel_rank,
     tensor_parallel_size,
 )
+from scale.model.functions import swiglu
 from scale.runtime import derive
 
 NUM_MODULATIONS = 6
@@ -231,8 +232,7 @@ class Readout(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return the change per gene in the dtype of the weights."""
         if self.gate_and_up is not None:
-            gate, up = self.gate_and_up(x_BSD).chunk(2, dim=-1)
-            x_BSD = nn.functional.silu(gate) * up
+            x_BSD = swiglu(self.gate_and_up(x_BSD))
         change_BSG: Tensor = self.genes(x_BSD)
         return change_BSG
 

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -104,6 +105,34 @@ def installed(skip: frozenset[str] = frozenset()) -> Iterator[None]:
         yield
     finally:
         uninstall()
+
+
+@contextmanager
+def shared_groups() -> Iterator[None]:
+    """Let process groups of the same ranks be one group, where there is no CUDA device.
+
+    Megatron-core makes about thirty groups, most of the same ranks. One of gloo has three threads
+    of its own, and one of them wakes up a hundred times a second: together 3 % of a core, also of a
+    process that is alone.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    made: dict[tuple[int, ...], Any] = {tuple(range(dist.get_world_size())): dist.group.WORLD}
+    distributed: Any = dist
+    new_group = distributed.new_group
+
+    def shared(ranks: Sequence[int], *arguments: Any, **options: Any) -> Any:
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = new_group(list(ranks), *arguments, **options)
+        return made[key]
+
+    distributed.new_group = shared
+    try:
+        yield
+    finally:
+        distributed.new_group = new_group
 
 
 def _replace(owner: Any, name: str, value: object) -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from scale.config import ModelConfig, ParallelConfig, TrainerConfig
+from scale.model import products
 from scale.model.sizes import check_shares, one_of
 from scale.runtime import World
 from scale.train import megatron_cpu
@@ -143,6 +144,8 @@ def start(
             "torchrun, or export both in the batch script"
         )
     megatron_cpu.install(frozenset() if is_training else megatron_cpu.FOR_STEPS)
+    if device.type == "cpu":
+        products.use_onednn()
     if _started:
         _started.append(_started[-1])
         return _started[-1]
@@ -150,13 +153,14 @@ def start(
         # Sends must be queued in program order; read when CUDA is first touched.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _join(config, world, device, rendezvous)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_size,
-        pipeline_model_parallel_size=num_stages,
-        # Sub-groups do not inherit the timeout of the world: a hung peer stayed unnoticed.
-        distributed_timeout_minutes=config.timeout_seconds / 60,
-        create_gloo_process_groups=False,
-    )
+    with megatron_cpu.shared_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_size,
+            pipeline_model_parallel_size=num_stages,
+            # Sub-groups do not inherit the timeout of the world: a hung peer stayed unnoticed.
+            distributed_timeout_minutes=config.timeout_seconds / 60,
+            create_gloo_process_groups=False,
+        )
     model_parallel_cuda_manual_seed(seed % (1 << 31))
     layout = Layout(
         world_size=world.size,
@@ -201,6 +205,7 @@ def stop() -> None:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         megatron_cpu.uninstall()
+        products.stop_onednn()
 
 
 def on_first_rank(layout: Layout, function: Callable[[], T]) -> T:

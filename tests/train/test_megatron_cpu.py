@@ -81,3 +81,21 @@ def test_install_twice_is_install_once():
     assert torch.zeros(1).type() == "torch.FloatTensor"
     with pytest.raises(ValueError, match="no item streams; known: current_device"):
         megatron_cpu.install(skip=frozenset({"streams"}))
+
+
+def group_probe(context: RankContext) -> tuple[int, bool]:
+    """How many groups of gloo this rank made, and whether data and tensor groups are as asked."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    with context.layout(tensor_size=2):
+        groups = {id(group) for group in dist.distributed_c10d._world.pg_map}
+        tensor = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+        data = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+        return len(groups), tensor == [0, 1] and data == [context.rank]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="groups are shared where there is no CUDA")
+def test_groups_of_the_same_ranks_are_one(tmp_path):
+    # two ranks have three sets of ranks: both, and each alone; a rank is in two of them
+    assert run_ranks(group_probe, 2, tmp_path) == [(2, True), (2, True)]

@@ -1,0 +1,199 @@
+"""Norm, attention and feed-forward activation of a layer, as the torch provider has them.
+
+Gradients are written out where that takes fewer passes over memory than autograd's.
+
+Shapes: B = sets or patches in the batch, S = cells or tokens, H = heads, E = width of a head,
+F = width of a feed-forward part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scale.model.products import by_mkl, is_onednn
+
+NORM_EPSILON = 1e-6
+
+
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    r"""Return :math:`\mathrm{SiLU}(g) u` of the two halves [..., 2F] of a map's output.
+
+    Source: Shazeer, GLU variants improve transformer (arXiv 2002.05202).
+    """
+    out: Tensor = _SwiGLU.apply(gate_and_up)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The gradients of both halves are written into one tensor, where autograd joins two."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        active = F.silu(gate)
+        ctx.save_for_backward(gate_and_up, active)
+        return active * up
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gate_and_up, active = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        result = torch.empty_like(gate_and_up)
+        to_gate, to_up = result.chunk(2, dim=-1)
+        torch.mul(gradient, active, out=to_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=to_gate)
+        return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    r"""Return :math:`x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \cdot w` over the last dimension.
+
+    Statistics are in float32 at least; the result has the dtype of ``x``. Torch has a kernel of its
+    own on CUDA, and on a CPU a dozen operations.
+    """
+    if x.device.type == "cpu":
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        normal: Tensor = _RMSNorm.apply(wide, weight.to(wide.dtype), epsilon)  # type: ignore[no-untyped-call]
+        return normal.to(x.dtype)
+    normal = F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+    return normal
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With n = x / rms, the gradient is (g w - n mean(g w n)) / rms: a third of autograd's time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = (length.square_() / x.shape[-1]).add_(epsilon).rsqrt_()
+        normal: Tensor = x * inverse
+        ctx.save_for_backward(normal, inverse, weight)
+        return normal * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        normal, inverse, weight = ctx.saved_tensors
+        product = gradient * normal
+        to_weight = product.flatten(0, -2).sum(0)
+        minus_mean = (product @ weight).unsqueeze(-1) / -weight.shape[0]
+        to_x = torch.mul(gradient, weight).addcmul_(normal, minus_mean).mul_(inverse)
+        return to_x, to_weight, None
+
+
+def attend(
+    query_BHSE: Tensor,
+    key_BHSE: Tensor,
+    value_BHSE: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Return torch's scaled dot product attention; ``mask`` is True where a key is seen.
+
+    Its kernel for CPUs multiplies small blocks, which takes four times as long by oneDNN as by MKL.
+    """
+    if query_BHSE.device.type == "cpu" and is_onednn():
+        attended: Tensor = _AttentionByMKL.apply(query_BHSE, key_BHSE, value_BHSE, mask, scale)  # type: ignore[no-untyped-call]
+        return attended
+    return F.scaled_dot_product_attention(
+        query_BHSE, key_BHSE, value_BHSE, attn_mask=mask, scale=scale
+    )
+
+
+class _AttentionByMKL(torch.autograd.Function):
+    """Attention whose forward and backward passes are each computed by MKL."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BHSE: Tensor,
+        key_BHSE: Tensor,
+        value_BHSE: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        inputs = query_BHSE, key_BHSE, value_BHSE
+        needed = ctx.needs_input_grad[:3]
+        own = [x.detach().requires_grad_(needs) for x, needs in zip(inputs, needed, strict=True)]
+        with torch.enable_grad(), by_mkl():
+            attended_BHSE = F.scaled_dot_product_attention(
+                own[0], own[1], own[2], attn_mask=mask, scale=scale
+            )
+        ctx.inputs, ctx.attended_BHSE = own, attended_BHSE
+        return attended_BHSE.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BHSE: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [x for x in ctx.inputs if x.requires_grad]
+        with by_mkl():
+            found = iter(torch.autograd.grad(ctx.attended_BHSE, wanted, gradient_BHSE))
+        return (*(next(found) if x.requires_grad else None for x in ctx.inputs), None, None)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, statistics in float32 at least.
+
+    Megatron's own torch norm ignores ``params_dtype`` and refuses sequence parallelism.
+    """
+
+    def __init__(
+        self, config: Any, hidden_size: int, eps: float = NORM_EPSILON, **_: object
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Read by Megatron, which then sums the gradient over ranks that hold different cells.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x / rms(x) * weight in the dtype of ``x``."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SDPACoreAttention(nn.Module):
+    """Bidirectional attention by torch's scaled dot product attention, for Megatron's attention.
+
+    Megatron's own torch attention materialises the scores: 2.5 times the memory at 1,024 cells.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query_SBHE: Tensor,
+        key_SBHE: Tensor,
+        value_SBHE: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: object | None = None,
+        **_: object,
+    ) -> Tensor:
+        """Return attended values [S, B, H E]; ``attention_mask`` is True where a key is hidden."""
+        if packed_seq_params is not None:
+            raise ValueError("packed sequences are not supported; sets have equal lengths")
+        dtype = query_SBHE.dtype
+        if dtype == torch.bfloat16 and query_SBHE.device.type == "cpu":
+            # On a CPU torch takes twice as long for attention in bf16 as with fp32 inside.
+            query_SBHE, key_SBHE, value_SBHE = (
+                x_SBHE.float() for x_SBHE in (query_SBHE, key_SBHE, value_SBHE)
+            )
+        attended_BHSE = attend(
+            query_SBHE.permute(1, 2, 0, 3),
+            key_SBHE.permute(1, 2, 0, 3),
+            value_SBHE.permute(1, 2, 0, 3),
+            None if attention_mask is None else ~attention_mask,
+            self.softmax_scale,
+        )
+        return attended_BHSE.permute(2, 0, 1, 3).flatten(2).to(dtype)
