@@ -170,7 +170,7 @@ def explain(error: Exception) -> str:
     """Return one line for an error of the settings, without the words of the libraries below."""
     match error:
         case MissingConfigException(missing_cfg_file=str(name), options=list(options)):
-            group, _, option = name.rpartition("/")
+            group, _, option = name.partition("/")
             hint = did_you_mean(option, options)
             known = "" if hint.startswith("known") else f" Known: {', '.join(sorted(options))}"
             return f"no option {option!r} in {group!r}; {hint}{known}"

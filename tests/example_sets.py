@@ -147,7 +147,7 @@ def build(
     )
     if with_statistics:
         basis_GP, _ = torch.linalg.qr(cells(G, 5, seed=8))
-        model.set_statistics(cells(G, seed=9), basis_GP)
+        model.set_statistics(cells(G, seed=9), basis_GP, cells(256, G, seed=11))
     if with_features and model.pre_process:
         model.condition.set_features(features())
     return model

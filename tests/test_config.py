@@ -46,16 +46,18 @@ def keys(schema, prefix=""):
 
 def options():
     for group in GROUPS:
-        for file in sorted((config_dir() / group).glob("*.yaml")):
+        for file in sorted((config_dir() / group).rglob("*.yaml")):
+            option = file.relative_to(config_dir() / group).with_suffix("").as_posix()
             for task in SCHEMAS:
                 primary = yaml.safe_load((config_dir() / f"{task}.yaml").read_text())
                 entries = [e for e in primary["defaults"] if isinstance(e, dict)]
                 known = {name for entry in entries for name in entry}
                 if group == "experiment":
-                    if file.stem.startswith(f"{task}_"):
-                        yield task, f"{group}={file.stem}"
+                    of_task = "ablation" if task == "pretrain" else task
+                    if option.startswith((f"{of_task}/", f"{task}_")):
+                        yield task, f"{group}={option}"
                 elif group in known:
-                    yield task, f"{group}={file.stem}"
+                    yield task, f"{group}={option}"
 
 
 def composed(task, *overrides):
@@ -153,6 +155,11 @@ def test_yaml_of_a_run_reads_back_equal(task, tmp_path):
         ("pretrain", "model=huge", "no option 'huge' in 'model'; known: base, large, small"),
         ("pretrain", "data.control_fraction=1", r"data.control_fraction \(1.0\) must be in"),
         ("pretrain", "objective.time=zero", None),
+        ("pretrain", "objective.prior=gaussian", None),
+        ("pretrain", "experiment=ablation/velocty", "no option 'ablation/velocty' in 'experiment'"),
+        ("pretrain", "objective.num_steps=0", r"objective.num_steps \(0\) must be above 0"),
+        ("pretrain", "objective.latent_size=8", r"space=gene has no autoencoder .*latent_size \(8"),
+        ("pretrain", "objective.space=latent", r"objective.space=latent needs objective.latent_s"),
         ("pretrain", "optimizer.betas=[0.9]", "must be two numbers"),
         ("prepare", "genes=list", "give genes.file"),
         ("prepare", "minimum_cells=0", r"minimum_cells \(0\) must be above 0"),
@@ -168,6 +175,37 @@ def test_wrong_values_are_named_with_their_key(task, override, message):
     else:
         with pytest.raises(ValueError, match=message):
             composed(task, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["objective=scale_paper", "objective.decoder=null"],
+            "objective.space=latent needs objective.decoder: negative_binomial",
+        ),
+        (
+            ["objective=scale_paper", "objective.reconstruction_weight=0"],
+            "objective.space=latent needs objective.reconstruction_weight above 0",
+        ),
+        (
+            ["experiment=ablation/velocity", "objective.head=direct"],
+            "objective.prediction=velocity .* objective.head=direct",
+        ),
+        (
+            ["experiment=ablation/time_zero", "objective.num_steps=2"],
+            "objective.time=zero allows objective.num_steps=1 only",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        composed("pretrain", *overrides)
+
+
+def test_experiments_can_be_put_together():
+    config = composed("pretrain", "experiment=[pretrain_tahoe,ablation/fusion_sum]")
+    assert (config.model.hidden_size, config.model.fusion) == (1024, settings.Fusion.sum)
 
 
 @pytest.mark.parametrize("task", GIVEN)

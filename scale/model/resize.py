@@ -36,7 +36,7 @@ _GENE_AXES_OF_LATENT = {
     **{f"latent.decoder.{name}": rows for name, rows in _READOUT.items()},
     "latent.reference_NG": lambda x: x.T,
     "latent.offset_G": lambda x: x,
-    "latent.log_dispersion_G": lambda x: x,
+    "latent.slow_dispersion_G": lambda x: x,
     **_STATISTICS,
 }
 """The same of a model whose path lies in latent space: its autoencoder alone touches genes."""
