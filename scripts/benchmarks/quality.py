@@ -263,6 +263,7 @@ def script(part: str, *, is_quick: bool) -> Any:
 
 def main() -> None:
     """Run the parts, print their tables and write the figures where asked."""
+    sys.stdout.reconfigure(line_buffering=True)  # of a log file too
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -272,7 +273,7 @@ def main() -> None:
     parser.add_argument("--data-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--set", nargs="+", default=[], help="settings of scale pretrain for ours")
+    parser.add_argument("--set", nargs="+", default=[], help="settings of our pretrain")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument(
         "--figure", type=Path, help="file for a figure (png) of the few-shot screen"
@@ -292,8 +293,9 @@ def main() -> None:
         plan = Plan(*seeds, arguments.set, pool, arguments.quick)
         if any(part in SIMULATED for part in chosen):
             record |= simulated(plan, chosen, arguments.figure)
-    for part in (p for p in SCRIPTS if p in chosen):
-        record[part] = script(part, is_quick=arguments.quick)
+        others = [part for part in SCRIPTS if part in chosen]
+        found = plan.map(partial(script, is_quick=plan.is_quick), others)
+        record |= dict(zip(others, found, strict=True))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
