@@ -8,7 +8,8 @@ scripts/benchmarks/quality_real.py [--quick] [--seeds 3] [--sets doubles,replica
 quality_real_sets.py cuts from the cells in ../shared/data; settings are those of ``pretrain``. Each
 seed draws new halves of the controls and new weights. Scores of a condition are averaged over the
 seeds; a gain is the paired difference to a rival (in its better form on that metric), averaged over
-the replicates of a gene; its 95 % interval is Student's over the doubles or genes.
+the replicates of a gene; its 95 % interval is Student's over the doubles or genes. Baselines have a
+form that is their exact mean; ours has one too, the mean of 500 predicted cells per condition.
 Both sets are of one cell line each: an interval says nothing about another.
 
 ``ceiling``: half of the observed cells and controls predict the other half, corrected to all cells
@@ -22,12 +23,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from machine import describe_machine
 from quality_real_sets import CONTEXT, CONTROL, LABEL, LIBRARY, SETS, Judged, RealSet, judged
 from quality_runs import (
@@ -35,15 +39,18 @@ from quality_runs import (
     METRICS,
     STEPS,
     Row,
+    kept,
     pretrain,
     read_scores,
     run_scale,
 )
 
-from scale.evaluate.aggregate import full_depth
-from scale.evaluate.statistics import Interval, outcome_of, t_interval
+from scale.evaluate.aggregate import MEAN, full_depth
+from scale.evaluate.statistics import Interval, column_means, outcome_of, t_interval
 
-OURS, CEILING = "ours", "replicate"
+UNDEFINED = "undefined"
+OURS, OURS_MEAN, CEILING = "ours", "ours_mean", "replicate"
+CELLS_OF_MEAN = 500
 METHODS = (
     *(OURS, "control_copy", "perturbation_mean", "context_transfer", "additive", "linear"),
     *("stronger_single", "mean_of_doubles", CEILING),
@@ -53,6 +60,11 @@ TOLD = (
     *("discrimination", "retrieval_l2", "mse", "energy_distance"),
 )
 """Metrics that are compared, in the order of the table."""
+OF_MEANS = (
+    *("pearson_delta", "residual_pearson", "residual_two_way", "discrimination", "retrieval_l2"),
+    "mse",
+)
+"""Metrics that a mean can be scored on."""
 NAMES = {**METRICS, "residual_two_way": "residual_pearson_two_way"}
 KEY = ["context", "perturbation"]
 
@@ -78,7 +90,7 @@ class Gain:
         if outcome != "open":
             return outcome
         if not np.isfinite(self.gain.mean):
-            return "undefined"
+            return UNDEFINED
         told = outcome_of(self.headroom.low, self.headroom.high) == "better"
         return "cannot tell" if told else "cannot tell: no headroom"
 
@@ -141,20 +153,42 @@ def run(real: RealSet, seeds: Sequence[int], settings: Sequence[str], *, steps: 
         cut = judged(real, seed)
         training = pretrain(cut.data, seed, settings, steps=steps)
         seconds += training.cpu_seconds
-        predicted = {OURS: _predict(cut, training.folder), **cut.drawn}
+        predicted = {
+            OURS: _predict(cut, training.folder),
+            OURS_MEAN: _mean_form(cut, training.folder),
+            **cut.drawn,
+        }
         found, table = _evaluate(cut, predicted, seed)
         rows += found
         tables.append(table)
     return Result(real, rows, pd.concat(tables, ignore_index=True), seconds)
 
 
-def _predict(cut: Judged, training: Path) -> Path:
+def _predict(cut: Judged, training: Path, settings: Sequence[str] = ()) -> Path:
     given = [f"checkpoint={training}", f"input={cut.controls}", f"conditions={cut.conditions}"]
     keys = [f"perturbation_key={LABEL}", f"cell_type_key={CONTEXT}", f"library_key={LIBRARY}"]
-    done = run_scale(
-        "predict", [*given, *keys, f"control={CONTROL}", "include_control=false", "overwrite=true"]
-    )
-    return done.folder / "predicted.h5ad"
+    keys += [f"control={CONTROL}", "include_control=false", "overwrite=true"]
+    return run_scale("predict", [*given, *keys, *settings]).folder / "predicted.h5ad"
+
+
+def _mean_form(cut: Judged, training: Path) -> Path:
+    """Return the mean of many predicted cells, as many times as there are observed cells."""
+    many = _predict(cut, training, [f"cells_per_condition={CELLS_OF_MEAN}"])
+
+    def make(folder: Path) -> float:
+        cells, parts = ad.read_h5ad(many), []
+        held = pd.read_csv(cut.conditions, sep="\t")
+        for context, label, size in held[["cell_type", LABEL, "num_cells"]].itertuples(index=False):
+            is_own = (cells.obs[CONTEXT] == context) & (cells.obs[LABEL] == label)
+            mean_G = column_means(sp.csr_matrix(cells.X[np.flatnonzero(is_own)]))
+            names = [f"{context}-{label}-{i}" for i in range(size)]
+            obs = pd.DataFrame({CONTEXT: context, LABEL: label}, index=names)
+            values = sp.csr_matrix(np.tile(mean_G.astype(np.float32), (size, 1)))
+            parts.append(ad.AnnData(values, obs=obs, var=cells.var))
+        ad.concat(parts).write_h5ad(folder / "means.h5ad")
+        return 0.0
+
+    return kept("means", str(many), make).folder / "means.h5ad"
 
 
 def _evaluate(cut: Judged, predicted: dict[str, Path], seed: int) -> tuple[list[Row], pd.DataFrame]:
@@ -165,14 +199,26 @@ def _evaluate(cut: Judged, predicted: dict[str, Path], seed: int) -> tuple[list[
     given += [f"perturbation_key={LABEL}", f"cell_type_key={CONTEXT}"]
     parts = ("config", "data", "evaluate", "tasks")
     done = run_scale("evaluate", given, parts=parts)
-    rows = [row for row in read_scores(done.folder, cut.data, names).rows if row.method in METHODS]
+    rows = [_named(row) for row in read_scores(done.folder, cut.data, names).rows]
     table = pd.read_parquet(done.folder / "scores.parquet")
     table["method"] = table["method"].replace({k: name for k, (name, _) in names.items()})
-    table = table[table["method"].isin(METHODS) & table["metric"].isin(list(NAMES.values()))]
     table["metric"] = table["metric"].map({there: here for here, there in NAMES.items()})
+    is_mean = table["method"] == OURS_MEAN
+    table = table[table["metric"].notna() & (~is_mean | table["metric"].isin(OF_MEANS))]
+    table.loc[table["method"] == OURS_MEAN, ["method", "form"]] = OURS, MEAN
+    table = table[table["method"].isin(METHODS)]
     held = pd.read_csv(cut.conditions, sep="\t").rename(columns={"cell_type": CONTEXT})
     table = table.merge(held[[*KEY, "is_strong"]], on=KEY).assign(seed=seed)
-    return rows, table[["method", "form", "metric", "seed", *KEY, "is_strong", "value"]]
+    columns = ["method", "form", "metric", "seed", *KEY, "is_strong", "value"]
+    return [row for row in rows if row.method in METHODS], table[columns]
+
+
+def _named(row: Row) -> Row:
+    """Return the mean of predicted cells as a form of ours, with what a mean can be scored on."""
+    if row.method != OURS_MEAN:
+        return row
+    kept_metrics = {name: row.by_context[name] for name in OF_MEANS if name in row.by_context}
+    return replace(row, method=OURS, form=MEAN, by_context=kept_metrics, within_variance_ratio=None)
 
 
 # --- what can be told -----------------------------------------------------------------------------
@@ -234,17 +280,20 @@ def show(result: Result) -> None:
         means = [values_of(table, method, metric).mean() for metric in TOLD]
         if np.isfinite(means).any():
             print(f"{method:18}" + "".join(f"{_text(value):>17}" for value in means))
-    for found in result.gains():
-        if found.metric == TOLD[0] and found.subset == "all":
-            print(f"gain over {found.rival_name}, 95 % interval over {real.unit}")
-        print(f"  {sentence(found)}")
+    for rival, gains in groupby(result.gains(), key=lambda found: found.rival_name):
+        found = list(gains)
+        print(f"gain over {rival}, 95 % interval over {real.unit}")
+        for each in found:
+            if each.verdict != UNDEFINED:
+                print(f"  {sentence(each)}")
+        undefined = [f"{g.metric} ({g.subset})" for g in found if g.verdict == UNDEFINED]
+        if undefined:
+            print(f"  cannot tell: {', '.join(undefined)}: too few significant genes, or no rival")
 
 
 def sentence(found: Gain) -> str:
     """Return what a gain allows to say."""
     place = f"{found.metric} ({found.subset}):"
-    if not np.isfinite(found.gain.mean):
-        return f"{place:30} undefined: too few significant genes, or no such baseline"
     interval = f"[{found.gain.low:+.3g}, {found.gain.high:+.3g}]"
     values = f"{_text(found.ours)} against {_text(found.rival)}, ceiling {_text(found.ceiling)}"
     return f"{place:30} {found.verdict}: {found.gain.mean:+.3g} {interval}; {values}"
