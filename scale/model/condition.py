@@ -35,9 +35,17 @@ HIDE_PERTURBATION = 13
 HIDE_CELL_TYPE = 15
 HIDE_BATCH = 16
 HIDE_NAME = 17
+HIDE_FEATURE = 18
 
 SILU_GAIN = 0.6
 """Root mean square of SiLU for standard normal numbers."""
+FEATURE_DROPOUT = 0.6
+"""Share of a feature's numbers that are hidden in training.
+
+A fingerprint tells every drug of the training apart, and a map that has seen few drugs learns them
+by heart instead of what they share. Measured on 8 held-out drugs of a simulated screen with 32 in
+training, 500 steps of tiny: residual correlation .28 without, .33 at .3, .34 at .6.
+"""
 NUM_DOSE_FREQUENCIES = 16
 NUM_TIME_FREQUENCIES = 128
 
@@ -57,6 +65,8 @@ class ConditionIds:
         Rows of their tables; 0 is the unknown.
     hidden_BJ
         Components that are taken as unknown if they have features; None = none of them.
+    kept_BJV
+        Numbers of a feature that are seen; None = all of them.
     """
 
     component_BJ: Tensor
@@ -64,6 +74,7 @@ class ConditionIds:
     cell_type_B: Tensor
     batch_B: Tensor
     hidden_BJ: Tensor | None = None
+    kept_BJV: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> ConditionIds:
@@ -84,19 +95,27 @@ class ConditionIds:
         )
 
     def dropped(
-        self, config: ModelConfig, index_B: Tensor, seed: int, *, has_features: bool
+        self, config: ModelConfig, index_B: Tensor, seed: int, *, num_features: int
     ) -> ConditionIds:
         """Return the ids with some hidden, as drawn for these numbers of sets.
 
         The null rows learn the mean response of a context, and to do without its name; the map of
-        features learns to do without the name of a perturbation.
+        features learns to do without the name of a perturbation, and without some of its numbers.
         """
         ids = self
-        if has_features and config.identity_dropout > 0:
-            draw_BJ = torch.stack(
-                [uniform(index_B, seed, HIDE_NAME, j) for j in range(self.component_BJ.shape[1])], 1
+        if num_features:
+            components = range(self.component_BJ.shape[1])
+            draw_BJ = torch.stack([uniform(index_B, seed, HIDE_NAME, j) for j in components], 1)
+            number_V = torch.arange(num_features, device=index_B.device)
+            index_BV = index_B[:, None] * num_features + number_V
+            draw_BJV = torch.stack(
+                [uniform(index_BV, seed, HIDE_FEATURE, j) for j in components], 1
             )
-            ids = replace(ids, hidden_BJ=draw_BJ < config.identity_dropout)
+            ids = replace(
+                ids,
+                hidden_BJ=draw_BJ < config.identity_dropout,
+                kept_BJV=draw_BJV >= FEATURE_DROPOUT,
+            )
         if config.condition_dropout > 0:
             hidden_B = uniform(index_B, seed, HIDE_PERTURBATION) < config.condition_dropout
             ids = ids.without_perturbation(hidden_B)
@@ -135,10 +154,12 @@ class FeatureMap(nn.Module):
         # Kept with the weights, so that a model needs no other file for the names it knows.
         self.register_buffer("feature_CV", torch.zeros(num_components, num_features))
 
-    def forward(self, component_BJ: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, component_BJ: Tensor, kept_BJV: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return vectors [B, J, D], and which components have features [B, J]."""
         feature_BJV = F.embedding(component_BJ, self.feature_CV)
         is_known_BJ = feature_BJV.any(-1)
+        if kept_BJV is not None:
+            feature_BJV = feature_BJV * kept_BJV / (1 - FEATURE_DROPOUT)
         mapped_BJD = self.outer(F.silu(self.inner(feature_BJV)))
         return mapped_BJD * is_known_BJ[..., None], is_known_BJ
 
@@ -216,7 +237,7 @@ class ConditionEncoder(nn.Module):
         component_BJ = ids.component_BJ.clamp(min=0)
         if self.features is None:
             return F.embedding(component_BJ, self.component_table)
-        mapped_BJD, is_known_BJ = self.features(component_BJ)
+        mapped_BJD, is_known_BJ = self.features(component_BJ, ids.kept_BJV)
         is_unknown_BJ = component_BJ >= len(self.component_table)
         if ids.hidden_BJ is not None:
             is_unknown_BJ = is_unknown_BJ | (ids.hidden_BJ & is_known_BJ)

@@ -352,7 +352,7 @@ class ScaleModel(MegatronModule):  # type: ignore[misc]
                 self.config_sizes,
                 sets.set_index_B,
                 self.seed,
-                has_features=self.vocabulary.num_features > 0,
+                num_features=self.vocabulary.num_features,
             )
             if self.objective.masked_gene_fraction > 0:
                 fraction = self.objective.masked_gene_fraction

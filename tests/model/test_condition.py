@@ -8,7 +8,7 @@ import torch
 from example_sets import DRUGS, batch, build, cells, features, shake, sizes, vocabulary
 
 from scale.config import Fusion
-from scale.model.condition import ConditionEncoder, ConditionIds
+from scale.model.condition import FEATURE_DROPOUT, ConditionEncoder, ConditionIds
 from scale.types import ABSENT, UNKNOWN_COMPONENT
 
 NAN = math.nan
@@ -103,7 +103,7 @@ def test_what_is_hidden_depends_on_the_number_of_the_set():
     n = 4000
     known = ids([[3, 4]] * n, [[1.0, NAN]] * n, [1] * n, [2] * n)
     index = torch.arange(n)
-    dropped = known.dropped(config, index, seed=1, has_features=False)
+    dropped = known.dropped(config, index, seed=1, num_features=0)
     hidden = dropped.component_BJ[:, 0] == 0
     assert (dropped.component_BJ[hidden, 1] == ABSENT).all()
     assert dropped.dose_BJ[hidden].isnan().all()
@@ -116,17 +116,15 @@ def test_what_is_hidden_depends_on_the_number_of_the_set():
         error = math.sqrt(expected * (1 - expected) / n)
         assert abs(share.float().mean().item() - expected) < 4 * error
     part = ids([[3, 4]] * 10, [[1.0, NAN]] * 10, [1] * 10, [2] * 10)
-    again = part.dropped(config, index[500:510], seed=1, has_features=False)
+    again = part.dropped(config, index[500:510], seed=1, num_features=0)
     assert torch.equal(again.component_BJ, dropped.component_BJ[500:510])
     assert torch.equal(again.batch_B, dropped.batch_B[500:510])
 
 
 def test_nothing_is_hidden_at_zero():
-    config = sizes(
-        condition_dropout=0.0, cell_type_dropout=0.0, batch_dropout=0.0, identity_dropout=0.0
-    )
+    config = sizes(condition_dropout=0.0, cell_type_dropout=0.0, batch_dropout=0.0)
     known = ids([[3, 4]], [[1.0, NAN]])
-    assert known.dropped(config, torch.arange(1), seed=1, has_features=True) is known
+    assert known.dropped(config, torch.arange(1), seed=1, num_features=0) is known
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -185,22 +183,36 @@ def test_new_names_add_up_in_any_order_and_take_doses(featured):
 
 def test_features_start_as_large_as_a_row_of_the_table(alone):
     fresh = build(sizes(hidden_size=64), with_features=True).condition
-    mapped, _ = fresh.features(torch.arange(2, WITHOUT))
+    mapped, _ = fresh.features(torch.arange(2, WITHOUT), None)
     assert 0.3 < mapped.std().item() < 3
 
 
-def test_names_are_hidden_by_set_and_component():
+def test_names_and_numbers_are_hidden_by_set_and_component():
     config, n = sizes(condition_dropout=0.0, identity_dropout=0.3), 4000
     known = ids([[3, 4]] * n, [[1.0, NAN]] * n, [1] * n, [2] * n)
     index = torch.arange(n)
-    hidden = known.dropped(config, index, seed=1, has_features=True).hidden_BJ
-    error = math.sqrt(0.3 * 0.7 / n)
-    assert ((hidden.float().mean(0) - 0.3).abs() < 4 * error).all()
-    assert (hidden.all(1).float().mean() - 0.09).abs() < 0.02  # one does not hide the other
+    drawn = known.dropped(config, index, seed=1, num_features=7)
+    for draw, expected in ((drawn.hidden_BJ, 0.3), (drawn.kept_BJV, 1 - FEATURE_DROPOUT)):
+        error = math.sqrt(expected * (1 - expected) / n)
+        assert ((draw.float().mean(0) - expected).abs() < 4 * error).all()
+        assert (draw.all(1).float().mean(0) - expected**2).abs().max() < 0.03  # each by itself
+    assert (drawn.kept_BJV[..., 1:] != drawn.kept_BJV[..., :-1]).any(0).all()
     part = ids([[3, 4]] * 10, [[1.0, NAN]] * 10, [1] * 10, [2] * 10)
-    again = part.dropped(config, index[500:510], seed=1, has_features=True).hidden_BJ
-    assert torch.equal(again, hidden[500:510])
-    assert known.dropped(config, index, seed=1, has_features=False).hidden_BJ is None
+    again = part.dropped(config, index[500:510], seed=1, num_features=7)
+    assert torch.equal(again.hidden_BJ, drawn.hidden_BJ[500:510])
+    assert torch.equal(again.kept_BJV, drawn.kept_BJV[500:510])
+    nothing = known.dropped(config, index, seed=1, num_features=0)
+    assert (nothing.hidden_BJ, nothing.kept_BJV) == (None, None)
+
+
+def test_what_is_seen_of_a_feature_counts_for_the_rest(featured):
+    known = ids([[3, WITHOUT]], [[NAN, NAN]])
+    kept = torch.arange(7).expand(1, 2, 7) % 2 == 0
+    seen = featured.perturbed(replace(known, kept_BJV=kept)).component_BJD[0]
+    feature = features()[3] * kept[0, 0] / (1 - FEATURE_DROPOUT)
+    mapped = featured.features.outer(torch.nn.functional.silu(featured.features.inner(feature)))
+    torch.testing.assert_close(seen[0], featured.component_table[3] + mapped)
+    assert torch.equal(seen[1], featured.component_table[WITHOUT])
 
 
 # --- fusion ---------------------------------------------------------------------------------------
