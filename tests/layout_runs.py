@@ -74,13 +74,23 @@ def share(run: Run, layout: Layout, step: int, *, size: int = 4) -> list[Batch]:
     return [take(sets, slice(start, start + size)) for start in starts]
 
 
-def make_engine(run: Run, layout: Layout, changes: dict, *, in_double: bool = False):
+ENDPOINT = ObjectiveConfig(mmd_weight=0.2, masked_gene_fraction=0.25)
+
+
+def make_engine(
+    run: Run,
+    layout: Layout,
+    changes: dict,
+    *,
+    objective: ObjectiveConfig = ENDPOINT,
+    in_double: bool = False,
+):
     """Return an engine around the model, whose weights are shaken and depend on no layout."""
     from scale.train import engine
 
     model = build(
         sizes(**changes),
-        ObjectiveConfig(mmd_weight=0.2, masked_gene_fraction=0.25),
+        objective,
         precision=run.precision,
         recompute=run.recompute,
         with_features=True,

@@ -274,13 +274,14 @@ def build_block(
     Norms and linear maps are separate modules with both providers, so that both save the same
     names and a modulation can stand between them. Without attention there is no norm before it.
     """
-    norm = provider.layer_norm(rms_norm=True)
+    norm, groups = provider.layer_norm(rms_norm=True), _process_groups(config)
     submodules = TransformerLayerSubmodules(
         self_attn_bda=_bias_dropout_add,
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
             module=SwiGLU,
-            params={"ffn_hidden_size": config.ffn_hidden_size},
+            # Megatron gives it to its own class only; gene blocks would be shared out without it.
+            params={"ffn_hidden_size": config.ffn_hidden_size, "tp_group": groups.tp},
             submodules=MLPSubmodules(
                 linear_fc1=provider.column_parallel_linear(),
                 linear_fc2=provider.row_parallel_linear(),
@@ -292,7 +293,6 @@ def build_block(
         submodules.input_layernorm = norm
         submodules.self_attention = _attention(config, provider)
     specification = ModuleSpec(module=layer, submodules=submodules)
-    groups = _process_groups(config)
     num_layers = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
     return TransformerBlock(
         config,
