@@ -64,11 +64,12 @@ Config = PretrainConfig | FinetuneConfig
 _FREE = (
     *("trainer.max_steps", "trainer.max_hours", "trainer.log_every_steps"),
     *("trainer.sets_per_micro_batch", "trainer.device", "trainer.profile_steps"),
-    *("data.store", "data.split", "data.reader_threads", "data.prefetch_batches"),
+    *("data.store", "data.split", "data.perturbation_features"),
+    *("data.reader_threads", "data.prefetch_batches"),
     *("data.allow_plan_change", "run_dir", "log.", "checkpoint.", "validation.", "parallel."),
 )
-"""Settings that may change when a run is resumed. Of a store and a split the content is compared,
-not the path: the position in the data belongs to one plan."""
+"""Settings that may change when a run is resumed. Of a store, a split and features the content is
+compared, not the path: the position in the data belongs to one plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

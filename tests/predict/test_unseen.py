@@ -139,13 +139,18 @@ def test_a_model_without_features_refuses_them(toy_store_path, tmp_path):
         load(tmp_path / "plain", perturbation_features=tmp_path / "new.npz")
 
 
-def test_a_file_that_changed_is_not_resumed_with(folder, toy_store_path):
-    features = folder / "features.npz"
+def test_a_run_goes_on_with_its_features_and_not_with_others(folder, toy_store_path, tmp_path):
+    features = tmp_path / "moved.npz"
     table("drugA", "drugB", "drugC", seed=1).write(features)
     changes = (f"data.split={folder / 'split.toml'}", f"data.perturbation_features={features}")
-    with pytest.raises(PlanError, match=r"features\.npz has changed since the run began"):
+    with pytest.raises(PlanError, match=r"moved\.npz has changed since the run began"):
         train(folder / "run", toy_store_path, "trainer.max_steps=5", *changes)
-    features.unlink()
+    table("drugA", "drugB", "drugC").write(features)
+    before = load(folder / "run").model.condition
+    assert train(folder / "run", toy_store_path, "trainer.max_steps=5", *changes) == 0
+    after = load(folder / "run").model.condition
+    assert after.features.feature_CV.equal(before.features.feature_CV)
+    assert not after.component_table.equal(before.component_table)
 
 
 def test_finetune_keeps_features_and_starts_at_what_they_predict(
