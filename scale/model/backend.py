@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale.config import Backend, Precision
-from scale.model.functions import NORM_EPSILON, RMSNorm, SDPACoreAttention, swiglu
+from scale.model.functions import NORM_EPSILON, RMSNorm, SDPACoreAttention, SwiGLU
 
 with warnings.catch_warnings():
     # Remarks on Transformer Engine, Apex and torch.jit at import; which layers are used is logged.
@@ -110,19 +110,6 @@ def last_stage() -> int:
 
 
 # --- layers of the torch provider ---------------------------------------------------------------
-
-
-class SwiGLU(MLP):  # type: ignore[misc]
-    """Megatron's gated linear unit without bias: W_2 (SiLU(gate) up), gate and up by one map.
-
-    Megatron's own adds an offset of zero, and its gradient is put together of copies.
-    """
-
-    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
-        """Return new cells and no bias."""
-        gate_and_up, _bias = self.linear_fc1(hidden_states)
-        fed, _bias = self.linear_fc2(swiglu(gate_and_up))
-        return fed, None
 
 
 class TorchSpecProvider(LocalSpecProvider):  # type: ignore[misc]
@@ -247,6 +234,8 @@ def block_config(
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,
+        # Not Transformer Engine's: this is how an MLP takes an activation that is a module.
+        use_te_activation_func=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -279,12 +268,12 @@ def build_block(
         self_attn_bda=_bias_dropout_add,
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
-            module=SwiGLU,
-            # Megatron gives it to its own class only; gene blocks would be shared out without it.
-            params={"ffn_hidden_size": config.ffn_hidden_size, "tp_group": groups.tp},
+            module=MLP,
+            params={"ffn_hidden_size": config.ffn_hidden_size},
             submodules=MLPSubmodules(
                 linear_fc1=provider.column_parallel_linear(),
                 linear_fc2=provider.row_parallel_linear(),
+                activation_func=SwiGLU,
             ),
         ),
         mlp_bda=_bias_dropout_add,

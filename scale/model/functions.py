@@ -28,6 +28,24 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
     return out
 
 
+class SwiGLU(nn.Module):
+    """:func:`swiglu` as Megatron's feed-forward part wants its activation.
+
+    Megatron's own adds an offset of zero, and its gradient is put together of copies.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        """Return SiLU(gate) up."""
+        return swiglu(gate_and_up)
+
+    def sharded_state_dict(self, *_: object, **__: object) -> dict[str, Any]:
+        """Return nothing: there are no weights."""
+        return {}
+
+
 class _SwiGLU(torch.autograd.Function):
     """The gradients of both halves are written into one tensor, where autograd joins two."""
 
