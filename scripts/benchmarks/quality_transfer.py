@@ -22,6 +22,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from quality_runs import (
     pretrain,
 )
 
-from scale.data.simulate import SimulationConfig, simulate
+from scale.data.simulate import Atlas, SimulationConfig, simulate
 from scale.evaluate.statistics import outcome_of, t_interval
 
 # 96 cells of a condition and 512 controls of a line and plate.
@@ -97,12 +98,12 @@ def atlases(seed: int, world: SimulationConfig = WORLD) -> tuple[Dataset, Datase
     config = replace(world, seed=seed)
 
     def write_first(folder: Path) -> list[str]:
-        atlas = simulate(config)
+        atlas = _simulated(config)
         lines, drugs = atlas.lines[:NUM_FIRST_LINES], atlas.drugs[:NUM_DRUGS]
         return _write(folder, atlas.part(lines, drugs, atlas.genes[:NUM_GENES]), "first")
 
     def write_second(folder: Path) -> list[str]:
-        atlas = simulate(config)
+        atlas = _simulated(config)
         lines, drugs = atlas.lines[NUM_FIRST_LINES:], atlas.drugs[NUM_NEW_DRUGS:]
         generator = np.random.default_rng([seed, 78])
         held_out = {
@@ -116,6 +117,11 @@ def atlases(seed: int, world: SimulationConfig = WORLD) -> tuple[Dataset, Datase
         make_dataset("first", seed, asdict(config), write_first),
         make_dataset("second", seed, asdict(config), write_second),
     )
+
+
+@cache
+def _simulated(config: SimulationConfig) -> Atlas:
+    return simulate(config)
 
 
 def _write(folder: Path, cells: Any, name: str) -> list[str]:
@@ -201,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one seed, 150 + 25 and 50 steps")
+    parser.add_argument("--quick", action="store_true", help="one seed, 100 steps, then 20 or 40")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 100, 200, 400])
     parser.add_argument("--json", type=Path, help="write every figure to this file")
@@ -209,7 +215,7 @@ def main() -> None:
     options = parser.parse_args()
     plan = Plan(options.seeds, sorted(options.steps), options.settings)
     if options.quick:
-        plan = Plan(options.seeds[:1], [25, 50], options.settings, pretraining_steps=150)
+        plan = Plan(options.seeds[:1], [20, 40], options.settings, pretraining_steps=100)
     rows = run(plan)
     found = gains(rows, plan)
     show(rows, found)
