@@ -6,9 +6,9 @@ import pytest
 import torch
 from example_sets import B, G, S, batch, build, cells, shake, sizes, vocabulary
 
-from scale.config import ObjectiveConfig
+from scale.config import Decoder, ObjectiveConfig, Space
 from scale.model.model import ScaleModel
-from scale.model.resize import extend_state
+from scale.model.resize import extend_state, place_genes
 from scale.types import CheckpointError
 
 BOTH = pytest.mark.parametrize("gene_layers", [0, 1])
@@ -18,12 +18,21 @@ BOTH = pytest.mark.parametrize("gene_layers", [0, 1])
 VALUES = ObjectiveConfig(whole_counts=False)
 
 
-def fresh(names, gene_layers):
-    return ScaleModel(sizes(gene_layers=gene_layers), VALUES, names, seed=11)
+LATENT = ObjectiveConfig(
+    space=Space.latent,
+    latent_size=5,
+    decoder=Decoder.residual,
+    reconstruction_weight=1.0,
+    whole_counts=False,
+)
+
+
+def fresh(names, gene_layers, objective=VALUES):
+    return ScaleModel(sizes(gene_layers=gene_layers), objective, names, seed=11)
 
 
 def moved(trained, names, gene_layers):
-    model = fresh(names, gene_layers)
+    model = fresh(names, gene_layers, trained.objective)
     state = extend_state(model.state_dict(), trained.state_dict(), vocabulary(), names)
     model.load_state_dict(state)
     return model.eval()
@@ -67,8 +76,9 @@ def test_new_names_start_apart_and_old_ones_stay(gene_layers):
     torch.testing.assert_close(found, trained.sample(sets, num_steps=1), rtol=1e-5, atol=1e-5)
 
 
-def test_genes_move_with_their_names_in_the_linear_encoder():
-    trained = shake(build(objective=VALUES)).eval()
+@pytest.mark.parametrize("objective", [VALUES, LATENT], ids=["gene", "latent"])
+def test_genes_move_with_their_names_in_the_linear_encoder(objective):
+    trained = shake(build(objective=objective)).eval()
     old = vocabulary()
     order = torch.randperm(G, generator=torch.Generator().manual_seed(0))
     new = replace(old, genes=(*(old.genes[i] for i in order), "geneA", "geneB"))
@@ -114,6 +124,16 @@ def test_genes_move_with_their_names_in_patches_and_readout():
     assert torch.equal(
         model.sample(sets, num_steps=1)[..., :17], sets.control_BSG[..., :17]
     )  # new genes stay as in the controls until they are trained
+
+
+@pytest.mark.parametrize("new", ["ABCDE", "XAYBZCW", "EX", "XYZ", "DXBECAY", "C"])
+def test_genes_that_stay_keep_their_places(new):
+    old = "ABCDE"
+    placed = place_genes(tuple(old), tuple(new))
+    assert sorted(placed) == sorted(new)
+    for i, gene in enumerate(old):
+        if gene in new and i < len(new):
+            assert placed[i] == gene
 
 
 def test_other_sizes_are_refused():

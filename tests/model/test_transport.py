@@ -11,7 +11,7 @@ from scale.model.flow import interpolate
 from scale.model.objective import Targets, velocity_losses, weighted_losses
 from scale.model.pairing import pair_in_order
 
-PLAIN = ObjectiveConfig(whole_counts=False)
+PLAIN = ObjectiveConfig(point_weight=0.3, whole_counts=False)
 GAUSSIAN = replace(PLAIN, prior=Prior.gaussian)
 VELOCITY = replace(PLAIN, prediction=Prediction.velocity)
 
@@ -21,7 +21,7 @@ VELOCITY = replace(PLAIN, prediction=Prediction.velocity)
     [
         {"prior": Prior.gaussian},
         {"prior": Prior.gaussian, "masked_gene_fraction": 0.3},
-        {"prediction": Prediction.velocity},
+        {"prediction": Prediction.velocity, "point_weight": 0.3},
         {"prior": Prior.gaussian, "prediction": Prediction.velocity},
         {"prior": Prior.gaussian, "head": Head.direct},
     ],
@@ -83,7 +83,7 @@ def test_x_loss_is_the_velocity_loss_times_the_square_of_what_is_left():
 
 
 def test_other_losses_of_a_velocity_are_those_of_its_endpoint():
-    model, sets = shake(build(objective=VELOCITY)), batch()
+    model, sets = shake(build(objective=replace(VELOCITY, point_weight=0.3))), batch()
     assert list(model(sets).parts) == ["energy", "mean", "point"]
     with torch.no_grad():
         endpoint = replace(VELOCITY, prediction=Prediction.endpoint, point_weight=0.0)

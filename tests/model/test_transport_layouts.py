@@ -37,7 +37,11 @@ LATENT = ObjectiveConfig(
     whole_counts=False,
 )
 VELOCITY = ObjectiveConfig(
-    prior=Prior.gaussian, prediction=Prediction.velocity, mmd_weight=0.2, whole_counts=False
+    prior=Prior.gaussian,
+    prediction=Prediction.velocity,
+    point_weight=0.3,
+    mmd_weight=0.2,
+    whole_counts=False,
 )
 # (objective, changes of the sizes, layouts that it is held against one process on)
 CASES = {

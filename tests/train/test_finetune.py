@@ -157,6 +157,16 @@ def test_layers_that_start_anew_learn_at_the_rate_of_the_model(pretrained, tmp_p
 def test_contradictions_are_refused(pretrained, toy_store_path, tmp_path):
     with pytest.raises(ValueError, match=r"objective.head is direct, .* set objective.head=resid"):
         finetune(tmp_path / "head", pretrained, toy_store_path, "objective.head=direct")
+    for key, other, own in (
+        ("prior", "gaussian", "control"),
+        ("prediction", "velocity", "endpoint"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"objective.{key} is {other}, .*objective.{key}={own}"
+        ):
+            finetune(tmp_path / key, pretrained, toy_store_path, f"objective.{key}={other}")
+    with pytest.raises(ValueError, match=r"objective.space is latent, .* set objective.space=gene"):
+        finetune(tmp_path / "space", pretrained, toy_store_path, "objective=scale_paper")
     with pytest.raises(FileNotFoundError, match="start_from: no run, checkpoint or export at"):
         finetune(tmp_path / "none", pretrained / "nowhere", toy_store_path, "data.split=null")
     with pytest.raises(ValueError, match=r"data.target_sum is 5000, the model was trained with 1"):
