@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
@@ -67,3 +69,43 @@ def test_the_gains_of_the_quality_benchmark(monkeypatch):
     mean = gains.mean_of(table, "theirs", "cells", "pearson_delta")
     assert mean.value == pytest.approx(0.4)
     assert 0.3 < mean.low < 0.4 < mean.high < 0.6
+
+
+def test_real_sets_hold_out_each_pair_once_and_the_doubles_of_seen_singles(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    sets = importlib.import_module("quality_real_sets")
+    pairs = pd.DataFrame([(c, p) for c in "xyz" for p in "ABCDE"], columns=["context", "label"])
+    held = [sets.rotated(pairs["context"], pairs["label"], seed) for seed in range(3)]
+    assert (np.sum(held, axis=0) == 1).all()
+    assert all(pairs["label"][h].is_unique for h in held)
+    labels = {"A", "B", "C", "A+B", "B+D", "E+F", "C+A"}
+    assert sets.doubles_of_singles(labels) == {"A+B", "C+A"}
+
+
+def test_what_real_sets_cannot_tell_is_said(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    real = importlib.import_module("quality_real")
+
+    def values(method, level, form="cells", noise=0.0, metric="mse"):
+        return [
+            (method, form, metric, seed, "x", p, level + noise * (i - 1.5) + 0.01 * seed)
+            for seed in (0, 1)
+            for i, p in enumerate("ABCD")
+        ]
+
+    def found(*rows, metric="mse"):
+        columns = ["method", "form", "metric", "seed", "context", "perturbation", "value"]
+        table = pd.DataFrame([row for block in rows for row in block], columns=columns)
+        return real.gain(table, "all", metric, "additive")
+
+    rival = [*values("additive", 0.9), *values("additive", 0.5, "mean")]  # the better form counts
+    ceiling = values("replicate", 0.6)  # all cells have half the error of half the cells
+    assert found(values("ours", 0.3), rival, ceiling).verdict == "better"
+    assert found(values("ours", 0.7), rival, ceiling).verdict == "worse"
+    unclear = found(values("ours", 0.5, noise=0.2), rival, ceiling)
+    assert unclear.verdict == "cannot tell"
+    assert unclear.rival == pytest.approx(0.505)
+    assert unclear.ceiling == pytest.approx(0.3025)
+    no_headroom = found(values("ours", 0.5, noise=0.2), rival, values("replicate", 1.0, noise=0.2))
+    assert no_headroom.verdict == "cannot tell: no headroom"
+    assert found(rival, ceiling, metric="mse").verdict == "undefined"

@@ -249,8 +249,8 @@ def gain(table: pd.DataFrame, subset: str, metric: str, rival: str) -> Gain:
     return Gain(
         subset=subset,
         metric=metric,
-        ours=float(own[both].mean()),
-        rival=float(other[both].mean()),
+        ours=float(own.reindex(both).mean()),
+        rival=float(other.reindex(both).mean()),
         rival_name=rival,
         ceiling=float(ceiling.reindex(both).mean()),
         gain=paired(own, other, metric),
