@@ -11,7 +11,6 @@ Shapes: S = cells per set, B = sets in the batch, H = heads, E = width of a head
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any
 
 import torch
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 
 from scale.config import Backend, Precision
 from scale.model.functions import NORM_EPSILON, RMSNorm, SDPACoreAttention, SwiGLU
+from scale.model.megatron_import import megatron_import
 
-with warnings.catch_warnings():
-    # Remarks on Transformer Engine, Apex and torch.jit at import; which layers are used is logged.
-    warnings.simplefilter("ignore")
+with megatron_import():
     from megatron.core import parallel_state
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator

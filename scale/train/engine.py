@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scale.config import OptimizerConfig, Precision
+from scale.model.megatron_import import megatron_import
 from scale.train import megatron_cpu, optim
-from scale.train.megatron_cpu import quiet_import
 from scale.train.parallel import Layout
 from scale.train.replicas import check_replicas
 from scale.types import Batch
 
-with quiet_import():
+with megatron_import():
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,

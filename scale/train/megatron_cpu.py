@@ -2,7 +2,7 @@
 
 Megatron-core is written for CUDA; upstream says that there is no path for a CPU. The engine runs
 on it all the same, with gloo, so that a laptop and a test run the code that a GPU runs. This module
-is the only place that changes anything of torch or Megatron, it changes nothing where CUDA is
+is the only place that changes how torch or Megatron answer, it changes nothing where CUDA is
 available, and for each item a test fails when the item is no longer needed.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -20,16 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from scale.model.megatron_import import megatron_import
 
-@contextmanager
-def quiet_import() -> Iterator[None]:
-    """Import Megatron-core without its remarks on Transformer Engine, Apex and torch.jit."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-with quiet_import():
+with megatron_import():
     from megatron.core.tensor_parallel import random as megatron_random
 
 ITEMS: dict[str, str] = {

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from scale.config import OptimizerConfig, Precision
-from scale.train.megatron_cpu import quiet_import
+from scale.model.megatron_import import megatron_import
 
-with quiet_import():
+with megatron_import():
     from megatron.core import parallel_state
     from megatron.core.optimizer import (
         Float16OptimizerWithFloat16Params,

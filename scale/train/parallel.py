@@ -22,11 +22,12 @@ from torch._C._distributed_c10d import HashStore
 
 from scale.config import ModelConfig, ParallelConfig, TrainerConfig
 from scale.model import products
+from scale.model.megatron_import import megatron_import
 from scale.model.sizes import check_shares, one_of
 from scale.runtime import World
 from scale.train import megatron_cpu
 
-with megatron_cpu.quiet_import():
+with megatron_import():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

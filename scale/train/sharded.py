@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from scale.model.megatron_import import megatron_import
 from scale.train import optim
 from scale.train.export import AVERAGE
-from scale.train.megatron_cpu import quiet_import
 from scale.types import CheckpointError
 
 if TYPE_CHECKING:
     from scale.train.engine import Engine
 
-with quiet_import():
+with megatron_import():
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.mapping import (

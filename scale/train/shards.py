@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from scale.train.megatron_cpu import quiet_import
+from scale.model.megatron_import import megatron_import
 
-with quiet_import():
+with megatron_import():
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
