@@ -12,6 +12,8 @@ from scale.model.model import ScaleModel
 from scale.types import ABSENT, Batch, Vocabulary
 
 G, S, U, B = 20, 8, 6, 3
+PLAIN = ObjectiveConfig(whole_counts=False)
+"""Cells as the network has them: small differences of values stay visible."""
 DRUGS = tuple(f"drug{i}" for i in range(5))
 
 
@@ -139,7 +141,7 @@ def build(
 ) -> ScaleModel:
     model = ScaleModel(
         config or sizes(),
-        objective or ObjectiveConfig(),
+        objective or PLAIN,
         replace(vocabulary(), **FEATURED if with_features else {}),
         seed=seed,
         precision=precision,

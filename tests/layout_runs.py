@@ -74,7 +74,7 @@ def share(run: Run, layout: Layout, step: int, *, size: int = 4) -> list[Batch]:
     return [take(sets, slice(start, start + size)) for start in starts]
 
 
-ENDPOINT = ObjectiveConfig(mmd_weight=0.2, masked_gene_fraction=0.25)
+ENDPOINT = ObjectiveConfig(point_weight=0.3, mmd_weight=0.2, masked_gene_fraction=0.25)
 
 
 def make_engine(

@@ -112,7 +112,7 @@ class ObjectiveConfig:
     """Share of sets at path time 0 under ``mix``."""
     energy_weight: float = 1.0
     mean_weight: float = 1.0
-    point_weight: float = 0.3
+    point_weight: float = 0.0
     mmd_weight: float = 0.0
     masked_gene_fraction: float = 0.0
     """Share of the input genes that are hidden from the network in training."""

@@ -26,7 +26,12 @@ from scale.model.backend import (
     reduce_from_tensor_model_parallel_region,
     tensor_parallel_size,
 )
-from scale.model.layers import act_on_own_cells, constant_start, embedding_start
+from scale.model.layers import (
+    INITIAL_GAIN,
+    act_on_own_cells,
+    constant_start,
+    embedding_start,
+)
 
 
 def gene_ffn_size(gene_hidden_size: int) -> int:
@@ -34,20 +39,44 @@ def gene_ffn_size(gene_hidden_size: int) -> int:
     return math.ceil(gene_hidden_size * 8 / 3 / 64) * 64
 
 
-class LinearEncoder(nn.Module):
-    """One linear map from genes to the width of a cell."""
+GENES_SPEED = 1 / 32
+"""How fast a linear map of genes learns what cells look like, beside what perturbations do.
 
-    def __init__(self, hidden_size: int, num_genes: int, dtype: torch.dtype) -> None:
+A step of Adam moves each weight as far, and this map has all genes as inputs: at full speed it
+learns few contexts by heart before the effects that they share. On two simulated screens of 6 lines
+(500 steps of tiny), 1 -> 1/32 took DE overlap from .40 and .51 to .44 and .52, DE precision from
+.466 and .482 to .475 and .486; the price is energy distance, from .72 and .77 to .76 and .81.
+"""
+
+
+class LinearEncoder(nn.Module):
+    """One linear map to the width of a cell.
+
+    Parameters
+    ----------
+    hidden_size, num_inputs, dtype
+        Width, genes (or numbers of a latent cell), dtype of the weights.
+    speed
+        Weights start larger by its inverse and are used times it: the same map, that a step of the
+        optimizer changes by less.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_inputs: int, dtype: torch.dtype, *, speed: float = 1.0
+    ) -> None:
         super().__init__()
-        self.genes = nn.Linear(num_genes, hidden_size, dtype=dtype)
+        self.speed = speed
+        self.genes = nn.Linear(num_inputs, hidden_size, dtype=dtype)
         nn.init.zeros_(self.genes.bias)
         constant_start(self.genes.bias)
+        deviation = INITIAL_GAIN / math.sqrt(num_inputs) / speed
+        embedding_start(self.genes.get_parameter("weight"), deviation)
         act_on_own_cells(self.parameters())
 
     def forward(self, x_BSG: Tensor) -> Tensor:
         """Return one vector per cell."""
-        out_BSD: Tensor = self.genes(x_BSG.to(self.genes.weight.dtype))
-        return out_BSD
+        out_BSD = F.linear(x_BSG.to(self.genes.weight.dtype), self.genes.weight)
+        return torch.add(self.genes.bias, out_BSD, alpha=self.speed)
 
 
 class PatchEncoder(nn.Module):
@@ -128,12 +157,13 @@ def build_encoder(
     provider: Any,
     *,
     recompute: bool = False,
+    speed: float = GENES_SPEED,
 ) -> LinearEncoder | PatchEncoder:
-    """Return the encoder that the settings ask for."""
+    """Return the encoder that the settings ask for; ``speed`` is that of a linear map."""
     if config.gene_layers:
         return PatchEncoder(config, num_genes, precision, provider, recompute=recompute)
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
-    return LinearEncoder(config.hidden_size, num_genes, dtype)
+    return LinearEncoder(config.hidden_size, num_genes, dtype, speed=speed)
 
 
 class PopulationSummary(nn.Module):

@@ -101,7 +101,10 @@ class LatentSpace(nn.Module):
             dtype = torch.bfloat16
         self.objective = objective
         self.vocabulary = vocabulary
-        self.encoder = build_encoder(config, num_genes, precision, provider, recompute=recompute)
+        # an autoencoder has nothing to learn but what cells look like
+        self.encoder = build_encoder(
+            config, num_genes, precision, provider, recompute=recompute, speed=1.0
+        )
         self.narrow = nn.Linear(config.hidden_size, objective.latent_size, bias=False, dtype=dtype)
         self.decoder = Readout(objective.latent_size, config.ffn_hidden_size, num_genes, dtype)
         act_on_own_cells(self.narrow.parameters())

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scale.config import Fusion, Head, ObjectiveConfig, Pairing, Precision, TimeLaw
 from scale.model.condition import ConditionIds
+from scale.model.encoder import LinearEncoder
+from scale.model.layers import initialise_by_name
 from scale.model.sizes import forward_flops_per_cell
 
 BOTH = pytest.mark.parametrize("gene_layers", [0, 1])
@@ -141,7 +143,8 @@ def test_steps_that_make_no_sense_are_refused(model):
 # --- loss -----------------------------------------------------------------------------------------
 
 
-def test_total_is_the_weighted_sum_of_parts(model):
+def test_total_is_the_weighted_sum_of_parts():
+    model = shake(build(objective=ObjectiveConfig(point_weight=0.3)))
     losses = model(batch(control_lengths=[8, 6, 8], treated_lengths=[8, 8, 4]))
     assert losses.num_sets == B
     assert list(losses.parts) == ["energy", "mean", "point"]
@@ -346,3 +349,23 @@ def test_statistics_are_kept_with_the_weights():
     assert model.basis_GP[:, 5:].abs().max() == 0
     with pytest.raises(ValueError, match="31 components"):
         model.set_statistics(torch.zeros(G), torch.zeros(G, 31))
+
+
+# --- speed of the encoder -------------------------------------------------------------------------
+
+
+def test_a_slower_encoder_starts_as_the_same_map_and_learns_less_in_a_step():
+    def step(speed):
+        encoder = LinearEncoder(16, 20, torch.float32, speed=speed)
+        initialise_by_name(encoder, seed=4, num_layers={})
+        x = cells(2, 8, 20)
+        before = encoder(x)
+        optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
+        before.square().sum().backward()
+        encoder.genes.bias.grad = None
+        optimizer.step()
+        return before.detach(), (encoder(x) - before).detach()
+
+    (first, change), (slow, small) = step(1.0), step(1 / 32)
+    torch.testing.assert_close(slow, first)
+    torch.testing.assert_close(small * 32, change, rtol=1e-3, atol=1e-5)

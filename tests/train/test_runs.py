@@ -129,7 +129,7 @@ def test_finished_run_says_so_and_more_steps_go_on(uninterrupted, toy_store_path
 def test_other_settings_under_the_same_name_are_refused(uninterrupted, toy_store_path):
     split = split_of(uninterrupted)
     with pytest.raises(
-        ValueError, match=r"other settings: objective.point_weight 0.3 -> 0.5; give another name="
+        ValueError, match=r"other settings: objective.point_weight 0.0 -> 0.5; give another name="
     ):
         pretrain(uninterrupted, toy_store_path, split, "objective.point_weight=0.5")
     with pytest.raises(ValueError, match=r"other settings: trainer.sets_per_batch 4 -> 8"):
