@@ -231,7 +231,7 @@ def values_of(table: pd.DataFrame, method: str, metric: str) -> pd.Series:
     """
     rows = table[(table["method"] == method) & (table["metric"] == metric)]
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    best = pd.Series(dtype=np.float64)
+    best = pd.Series(index=pd.MultiIndex.from_tuples([], names=KEY), dtype=np.float64)
     for _, part in rows.groupby("form"):
         kept = part.groupby(KEY)["value"].agg(lambda v: v.mean(skipna=False)).dropna()
         if best.empty or sign * kept.mean() > sign * best.mean():
