@@ -227,7 +227,8 @@ def _named(row: Row) -> Row:
 def values_of(table: pd.DataFrame, method: str, metric: str) -> pd.Series:
     """Return a method's values by condition, averaged over seeds, in its better form.
 
-    A condition counts only where every seed defines it; the ceiling is corrected to all cells.
+    A condition counts only where every seed defines it. The ceiling is corrected to all cells; for
+    a correlation below 0, and for lists of genes, there is no correction.
     """
     rows = table[(table["method"] == method) & (table["metric"] == metric)]
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
@@ -237,8 +238,7 @@ def values_of(table: pd.DataFrame, method: str, metric: str) -> pd.Series:
         if best.empty or sign * kept.mean() > sign * best.mean():
             best = kept
     if method == CEILING:
-        full = best.map(lambda value: full_depth(NAMES[metric], value))
-        best = full if full.notna().all() else best
+        best = best.map(lambda value: full_depth(NAMES[metric], value)).fillna(best)
     return best
 
 
