@@ -19,7 +19,7 @@ from scale.runtime import normal, uniform
 DRAW_TIME = 11
 """Purposes of the model's draws are numbers from 11; this one is the time of a set."""
 CHOOSE_ZERO_TIME = 12
-DRAW_START = 18
+DRAW_START = 28
 
 
 def draw_time(objective: ObjectiveConfig, index_B: Tensor, seed: int) -> Tensor:
