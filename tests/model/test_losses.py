@@ -96,6 +96,19 @@ def test_mmd_of_equal_laws_is_zero_on_average_and_of_others_not():
     assert different.mean().item() > 50 * error
 
 
+def test_mmd_of_normals_at_distance_one():
+    # Differences within are normal of variance 2: E k = sqrt(h / (h + 2)) for a kernel of width h,
+    # and that times exp(-1 / (2 (h + 2))) across. One width of 1 would give .177268.
+    a, y = gaussian_sets(60, 256, 0.0, 9), gaussian_sets(60, 256, 1.0, 10)
+    mask = full(60, 256)
+    loss = mmd_loss(a, y, mask, mask)
+    median = 2 * 0.454936  # of the squared difference: chi-squared with one degree of freedom
+    expected = 0.0
+    for h in (width * median for width in (0.5, 1.0, 2.0, 4.0)):
+        expected += 2 / 4 * math.sqrt(h / (h + 2)) * (1 - math.exp(-1 / (2 * (h + 2))))
+    assert abs(loss.mean().item() - expected) < 3 * loss.std().item() / math.sqrt(60)
+
+
 def test_mean_and_point_by_hand():
     a = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
     y = torch.tensor([[[0.0, 0.0], [2.0, 2.0], [4.0, 4.0]]])
