@@ -223,7 +223,7 @@ def test_ready_vectors_of_genes_come_as_table_or_arrays(tmp_path):
         ("name,a\nTP53,x\n", (), r"'x' of 'TP53' in column 'a' is no number"),
         ("name,a\nTP53,1\nTP53,2\n", (), "'TP53' is in column 'name' more than once"),
         ("name,a\n,1\n", (), "row 2 has no name"),
-        ("nmae,a\nA,1\n", (), "no column 'name'; did you mean 'nmae'"),
+        ("names,a\nA,1\n", (), "no column 'name'; did you mean 'names'"),
         ("name\nA\n", (), "no column beside the names"),
         ("name,moa\nA,\n", ("label_columns=[moa]",), "column 'moa' has no label"),
         ("name,moa\nA,x\n", ("label_columns=[moaa]",), "no column 'moaa'; did you mean 'moa'"),
