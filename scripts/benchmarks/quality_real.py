@@ -249,13 +249,18 @@ def gain(table: pd.DataFrame, subset: str, metric: str, rival: str) -> Gain:
     return Gain(
         subset=subset,
         metric=metric,
-        ours=float(own.reindex(both).mean()),
-        rival=float(other.reindex(both).mean()),
+        ours=_mean(own.reindex(both)),
+        rival=_mean(other.reindex(both)),
         rival_name=rival,
-        ceiling=float(ceiling.reindex(both).mean()),
+        ceiling=_mean(ceiling.reindex(both)),
         gain=paired(own, other, metric),
         headroom=paired(ceiling, other, metric),
     )
+
+
+def _mean(values: pd.Series) -> float:
+    """Return the mean over perturbations of their mean over contexts."""
+    return float(values.groupby(level="perturbation").mean().mean())
 
 
 def paired(own: pd.Series, other: pd.Series, metric: str) -> Interval:
