@@ -143,7 +143,9 @@ class Result:
 
 def missing(real: RealSet) -> str:
     """Return why a set cannot be used; empty if it can."""
-    return "" if real.path.is_file() else f"{real.name} is left out: there is no {real.path}"
+    if real.path.is_file():
+        return ""
+    return f"{real.name} is left out: {real.path} is not there, and does not come with the package"
 
 
 def run(real: RealSet, seeds: Sequence[int], settings: Sequence[str], *, steps: int) -> Result:
