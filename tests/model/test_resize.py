@@ -8,7 +8,7 @@ from example_sets import B, G, S, batch, build, cells, shake, sizes, vocabulary
 
 from scale.config import Decoder, ObjectiveConfig, Space
 from scale.model.model import ScaleModel
-from scale.model.resize import extend_state, place_genes
+from scale.model.resize import extend_state
 from scale.types import CheckpointError
 
 BOTH = pytest.mark.parametrize("gene_layers", [0, 1])
@@ -124,16 +124,6 @@ def test_genes_move_with_their_names_in_patches_and_readout():
     assert torch.equal(
         model.sample(sets, num_steps=1)[..., :17], sets.control_BSG[..., :17]
     )  # new genes stay as in the controls until they are trained
-
-
-@pytest.mark.parametrize("new", ["ABCDE", "XAYBZCW", "EX", "XYZ", "DXBECAY", "C"])
-def test_genes_that_stay_keep_their_places(new):
-    old = "ABCDE"
-    placed = place_genes(tuple(old), tuple(new))
-    assert sorted(placed) == sorted(new)
-    for i, gene in enumerate(old):
-        if gene in new and i < len(new):
-            assert placed[i] == gene
 
 
 def test_other_sizes_are_refused():
