@@ -23,7 +23,7 @@ WORLD = SimulationConfig(
     mean_library=937.5,
 )
 SMALL = ("model.hidden_size=64", "model.ffn_hidden_size=192")
-STEPS = 80
+STEPS = 40
 
 
 class Scores(NamedTuple):
@@ -73,12 +73,15 @@ def test_finetuning_beats_scratch_and_needs_half_its_steps(tmp_path):
         '[datasets]\nx = "."\n[training]\nx = "train"\n'
         + "".join(f'[fewshot."x.{k}"]\nval = {json.dumps(v)}\n' for k, v in held_out.items())
     )
-    train("pretrain", tmp_path / "start", first, 400, *SMALL)
+    train("pretrain", tmp_path / "start", first, 300, *SMALL)
     here = f"data.split={split}"
     scratch = train("pretrain", tmp_path / "scratch", second, STEPS, here, *SMALL)
+    # a model that was not trained returns the control cells
+    control = train("pretrain", tmp_path / "control", second, 1, here, *SMALL, "optimizer.lr=1e-30")
     onwards = (here, f"start_from={tmp_path / 'start'}", "replace_genes=true")
     same = train("finetune", tmp_path / "same", second, STEPS, *onwards)
     half = train("finetune", tmp_path / "half", second, STEPS // 2, *onwards)
     for finetuned in (same, half):
         assert finetuned.energy_distance < scratch.energy_distance
         assert finetuned.pearson_delta > scratch.pearson_delta
+    assert same.energy_distance < 0.75 * control.energy_distance
