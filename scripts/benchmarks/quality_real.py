@@ -178,7 +178,10 @@ def _mean_form(cut: Judged, training: Path) -> Path:
     many = _predict(cut, training, [f"cells_per_condition={CELLS_OF_MEAN}"])
 
     def make(folder: Path) -> float:
-        cells, parts = ad.read_h5ad(many), []
+        cells, observed = ad.read_h5ad(many), ad.read_h5ad(cut.observed)
+        # Mean cells do not add up to the total of a cell: control cells say what it is.
+        controls = observed[observed.obs[LABEL] == CONTROL]
+        parts = [ad.AnnData(controls.X, obs=controls.obs[[CONTEXT, LABEL]], var=cells.var)]
         held = pd.read_csv(cut.conditions, sep="\t")
         for context, label, size in held[["cell_type", LABEL, "num_cells"]].itertuples(index=False):
             is_own = (cells.obs[CONTEXT] == context) & (cells.obs[LABEL] == label)
