@@ -109,3 +109,25 @@ def test_what_real_sets_cannot_tell_is_said(monkeypatch):
     no_headroom = found(values("ours", 0.5, noise=0.2), rival, values("replicate", 1.0, noise=0.2))
     assert no_headroom.verdict == "cannot tell: no headroom"
     assert found(rival, ceiling, metric="mse").verdict == "undefined"
+
+
+def test_gains_of_finetuning_are_paired_over_lines(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    transfer = importlib.import_module("quality_transfer")
+    runs = importlib.import_module("quality_runs")
+
+    def row(method, seed, level):
+        by_line = {"A": level + 0.3 * seed, "B": level + 0.1}
+        scores = {"mse": by_line, "overlap_at_n": by_line}
+        return runs.Row("second", seed, seed, method, runs.CELLS, scores)
+
+    levels = {"finetuned 20": 0.5, "scratch 20": 0.7, "finetuned 40": 0.3, "scratch 40": 0.6}
+    rows = [row(method, seed, level) for method, level in levels.items() for seed in (0, 1)]
+    found = transfer.gains(rows, transfer.Plan((0, 1), (20, 40)))
+    gains = {(g.finetuned_steps, g.scratch_steps, g.metric): g for g in found}
+    assert {key[:2] for key in gains} == {(20, 20), (40, 40), (20, 40)}
+    less_error, less_overlap = gains[20, 40, "mse"], gains[20, 40, "overlap_at_n"]
+    assert less_error.gain == pytest.approx(0.1)
+    assert less_overlap.gain == pytest.approx(-0.1)
+    assert (less_error.outcome, less_overlap.outcome) == ("better", "worse")
+    assert less_error.num_lines == 4

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -173,10 +173,16 @@ def _gain(rows: Sequence[Row], steps: tuple[int, int], metric: str) -> Gain:
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     found = t_interval(np.array([sign * (ours[line] - theirs[line]) for line in sorted(ours)]))
     return Gain(
-        *(*steps, metric, float(np.nanmean([*ours.values()]))),
-        *(float(np.nanmean([*theirs.values()])), found.mean, found.low, found.high),
+        *(*steps, metric, _mean(ours.values()), _mean(theirs.values())),
+        *(found.mean, found.low, found.high),
         *(found.num_units, outcome_of(found.low, found.high)),
     )
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Return the mean of what is defined; NaN if nothing is."""
+    defined = [value for value in values if np.isfinite(value)]
+    return float(np.mean(defined)) if defined else float("nan")
 
 
 def _by_line(rows: Sequence[Row], method: str, metric: str) -> dict[tuple[int, str], float]:
@@ -194,7 +200,7 @@ def show(rows: Sequence[Row], found: Sequence[Gain]) -> None:
     methods = dict.fromkeys(row.method for row in rows)
     print(f"{'':18}" + "".join(f"{metric[:15]:>17}" for metric in TOLD))
     for method in methods:
-        means = [np.mean([*_by_line(rows, method, metric).values()] or [np.nan]) for metric in TOLD]
+        means = [_mean(_by_line(rows, method, metric).values()) for metric in TOLD]
         print(f"{method:18}" + "".join(f"{value:>17.4f}" for value in means))
     for gain in found:
         place = f"finetuned {gain.finetuned_steps} against scratch {gain.scratch_steps}"
