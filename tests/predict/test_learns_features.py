@@ -33,7 +33,7 @@ SIZES = (
 )
 TRAINING = (
     *("trainer.max_steps=300", "trainer.log_every_steps=300", "checkpoint.every_steps=300"),
-    *("optimizer.warmup_steps=50", "optimizer.ema_decay=0.99", "model.identity_dropout=0.5"),
+    *("optimizer.warmup_steps=50", "optimizer.ema_decay=0.99"),
 )
 
 
