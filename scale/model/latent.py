@@ -1,12 +1,13 @@
 r"""An autoencoder of single cells, in whose latent space a path may lie.
 
 .. math:: z = \frac{W \, \mathrm{SiLU}(E(x)) - \mu}{\sigma}, \quad
-    \hat x = x_0 + \mathrm{SwiGLU}(z)
+    \hat x = x_0 + V \, \mathrm{SiLU}(U z)
 
 E is an encoder of the same form as that of a model in gene space; mu and sigma are mean and
 standard deviation of W SiLU(E(x)) over some reference cells, which are kept with the weights. They
 are a function of the weights alone: equal on all ranks, for every size of micro-batch, after a
-restart, and for the moving average, whose latent cells a running mean would not fit.
+restart, and for the moving average, whose latent cells a running mean would not fit. The decoder is
+no SwiGLU, which without biases is even in small z: it learned late, or not at all.
 
 It is trained with the model, by its own losses: the path and its targets are detached, since with
 a gradient into them a constant encoder would be best.
@@ -28,7 +29,7 @@ from scale.config import Decoder, ModelConfig, ObjectiveConfig, Precision
 from scale.model.backend import reduce_from_tensor_model_parallel_region, tensor_parallel_size
 from scale.model.decoders import draw_counts, log_likelihood, to_counts, to_values
 from scale.model.encoder import build_encoder
-from scale.model.layers import Readout, act_on_own_cells, gather_cells, own_cells
+from scale.model.layers import act_on_own_cells, constant_start, gather_cells, own_cells
 from scale.model.losses import SetDistances, mmd_loss
 from scale.model.objective import Losses, weigh
 from scale.runtime import normal
@@ -62,6 +63,25 @@ class LatentBatch:
     batch: Batch
     control_BSZ: Tensor
     treated_BSZ: Tensor
+
+
+class CellDecoder(nn.Module):
+    """Latent cells -> one number per gene; starts at zero."""
+
+    def __init__(
+        self, latent_size: int, hidden_size: int, num_genes: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.inner = nn.Linear(latent_size, hidden_size, bias=False, dtype=dtype)
+        self.genes = nn.Linear(hidden_size, num_genes, dtype=dtype)
+        for parameter in self.genes.parameters():
+            nn.init.zeros_(constant_start(parameter))
+        act_on_own_cells(self.parameters())
+
+    def forward(self, latent_BSZ: Tensor) -> Tensor:
+        """Return the numbers in the dtype of the weights."""
+        out_BSG: Tensor = self.genes(F.silu(self.inner(latent_BSZ)))
+        return out_BSG
 
 
 class LatentSpace(nn.Module):
@@ -106,7 +126,7 @@ class LatentSpace(nn.Module):
             config, num_genes, precision, provider, recompute=recompute, speed=1.0
         )
         self.narrow = nn.Linear(config.hidden_size, objective.latent_size, bias=False, dtype=dtype)
-        self.decoder = Readout(objective.latent_size, config.ffn_hidden_size, num_genes, dtype)
+        self.decoder = CellDecoder(objective.latent_size, config.ffn_hidden_size, num_genes, dtype)
         act_on_own_cells(self.narrow.parameters())
         if objective.decoder is Decoder.negative_binomial:
             self.slow_dispersion_G = nn.Parameter(torch.zeros(num_genes))

@@ -45,7 +45,7 @@ def count_parameters(
     encoder, inputs, autoencoder = _encoder_parameters(config, genes), genes, 0
     if objective is not None and objective.space is Space.latent:
         inputs = objective.latent_size or 0
-        autoencoder = encoder + d * inputs + 2 * inputs * f + f * genes + genes
+        autoencoder = encoder + d * inputs + inputs * f + f * genes + genes
         autoencoder += genes if objective.decoder is Decoder.negative_binomial else 0
         encoder = inputs * d + d
     if objective is not None and objective.prior is Prior.gaussian:
@@ -98,7 +98,7 @@ def forward_flops_per_cell(
     if objective is not None and objective.space is Space.latent:
         inputs = objective.latent_size or 0
         encode = encoder + 2 * d * inputs
-        autoencoder = encode * (2 + share) + 2 * 2 * (2 * inputs * f + f * num_genes)
+        autoencoder = encode * (2 + share) + 2 * 2 * (inputs * f + f * num_genes)
         encoder = 2 * inputs * d
     # phi has two maps; the second works on the mean of a set.
     summary = (encoder + 2 * d * d) * share

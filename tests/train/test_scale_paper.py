@@ -39,6 +39,6 @@ def test_the_recorded_objective_beats_the_control_cells(tmp_path):
     control = train(
         "pretrain", tmp_path / "control", store, 1, here, *SETTINGS, "optimizer.lr=1e-30"
     )
-    # seen: .93 of the distance of the control cells, and .15; unchanged cells have no correlation
+    # seen: .94 of the distance of the control cells, and .22; unchanged cells have no correlation
     assert trained.energy_distance < 0.97 * control.energy_distance
     assert trained.pearson_delta > 0.08
