@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from scale.model.pairing import Pairs
+from scale.model.products import by_mkl
 
 MMD_WIDTHS = (0.5, 1.0, 2.0, 4.0)
 """Kernel widths in units of the median squared distance between observed cells."""
@@ -236,7 +237,8 @@ def _full_precision() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     allowed, matmul.allow_tf32 = matmul.allow_tf32, False
     try:
-        yield
+        with by_mkl():
+            yield
     finally:
         matmul.allow_tf32 = allowed
 

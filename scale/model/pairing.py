@@ -86,8 +86,25 @@ def pair(
     control_mask_BS: Tensor,
     treated_mask_BS: Tensor,
     basis_GP: Tensor,
+    needed_B: Tensor,
 ) -> Pairs:
-    """Return the pairs that ``objective.pairing`` asks for."""
-    if pairing is Pairing.random:
-        return pair_in_order(control_mask_BS, treated_mask_BS)
-    return pair_by_transport(control_BSG, treated_BSG, control_mask_BS, treated_mask_BS, basis_GP)
+    """Return the pairs that ``objective.pairing`` asks for.
+
+    Parameters
+    ----------
+    needed_B
+        Sets whose pairs matter; those of the others are in order.
+    """
+    pairs = pair_in_order(control_mask_BS, treated_mask_BS)
+    if pairing is Pairing.random or not needed_B.any():
+        return pairs
+    chosen = pair_by_transport(
+        control_BSG[needed_B],
+        treated_BSG[needed_B],
+        control_mask_BS[needed_B],
+        treated_mask_BS[needed_B],
+        basis_GP,
+    )
+    partner_BS, has_partner_BS = pairs.partner_BS.clone(), pairs.has_partner_BS
+    partner_BS[needed_B], has_partner_BS[needed_B] = chosen.partner_BS, chosen.has_partner_BS
+    return Pairs(partner_BS, has_partner_BS)

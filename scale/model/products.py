@@ -48,7 +48,10 @@ def is_onednn() -> bool:
 
 @contextmanager
 def by_mkl() -> Iterator[None]:
-    """Leave products to MKL for a ``with`` block inside of :func:`use_onednn`."""
+    """Leave products to MKL for a ``with`` block: oneDNN copies batches that are not contiguous."""
+    if not _before:
+        yield
+        return
     _mkldnn.matmul.fp32_precision = "ieee"
     try:
         yield

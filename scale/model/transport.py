@@ -26,7 +26,7 @@ from scale.model.flow import (
     point_on_path,
 )
 from scale.model.objective import Losses, Targets, velocity_losses, weighted_losses
-from scale.model.pairing import Pairs, pair, pair_in_order
+from scale.model.pairing import Pairs, pair
 from scale.types import Batch
 
 
@@ -59,7 +59,7 @@ class Transport:
         return self.objective.prediction is Prediction.velocity
 
     def pairs(self, batch: Batch, basis_GP: Tensor, *, moves: bool, is_scored: bool) -> Pairs:
-        """Pair the cells of a batch in gene space, as far as anything depends on it.
+        """Pair the cells of a batch in gene space: of the sets where anything depends on it.
 
         Parameters
         ----------
@@ -73,10 +73,14 @@ class Transport:
         assert batch.treated_BSG is not None, "pairs are made in training"
         assert batch.treated_mask_BS is not None, "pairs are made in training"
         masks = batch.control_mask_BS, batch.treated_mask_BS
-        is_moving = moves and self.objective.time is not TimeLaw.zero
-        if not (is_moving or (is_scored and self.objective.point_weight != 0)):
-            return pair_in_order(*masks)
-        return pair(self.objective.pairing, batch.control_BSG, batch.treated_BSG, *masks, basis_GP)
+        if is_scored and self.objective.point_weight != 0:
+            needed_B = torch.ones_like(batch.is_control_B)
+        elif moves:
+            needed_B = draw_time(self.objective, batch.set_index_B, self.seed) > 0
+        else:
+            needed_B = torch.zeros_like(batch.is_control_B)
+        cells = batch.control_BSG, batch.treated_BSG
+        return pair(self.objective.pairing, *cells, *masks, basis_GP, needed_B)
 
     def path(self, sets: Batch, pairs: Pairs) -> Path:
         """Return the paths of a batch with treated cells: a function of the numbers of its sets."""

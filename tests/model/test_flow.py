@@ -192,8 +192,26 @@ def test_pairing_recovers_a_shuffled_copy():
     control[:, :, 0] += torch.arange(BLOCK_SIZE)  # no two alike
     order = torch.randperm(BLOCK_SIZE, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(3, BLOCK_SIZE, dtype=torch.bool)
-    pairs = pair(Pairing.ot, control, control[:, order] + 0.5, mask, mask, BASIS)
+    all_B = torch.ones(3, dtype=torch.bool)
+    pairs = pair(Pairing.ot, control, control[:, order] + 0.5, mask, mask, BASIS, all_B)
     torch.testing.assert_close(pairs.partners(control[:, order]), control)
+
+
+def test_only_the_sets_that_need_it_are_assigned():
+    control, treated = cells(4, 6, 6, seed=1), cells(4, 6, 6, seed=2)
+    w, v = masks(6, 5, 6, 4, size=6), masks(6, 6, 3, 6, size=6)
+    every = pair_by_transport(control, treated, w, v, BASIS)
+    in_order = pair_in_order(w, v)
+    needed_B = torch.tensor([True, False, True, False])
+    pairs = pair(Pairing.ot, control, treated, w, v, BASIS, needed_B)
+    for own, assigned, kept in zip(
+        (pairs.partner_BS, pairs.has_partner_BS),
+        (every.partner_BS, every.has_partner_BS),
+        (in_order.partner_BS, in_order.has_partner_BS),
+        strict=True,
+    ):
+        assert torch.equal(own[needed_B], assigned[needed_B])
+        assert torch.equal(own[~needed_B], kept[~needed_B])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -210,6 +228,7 @@ def test_a_cell_that_is_not_finite_is_paired_and_reaches_the_loss(value):
 
 def test_random_pairing_is_the_order_of_the_draws():
     w, v = masks(5, 3, size=6), masks(4, 6, size=6)
-    pairs = pair(Pairing.random, cells(2, 6, 6), cells(2, 6, 6), w, v, BASIS)
+    all_B = torch.ones(2, dtype=torch.bool)
+    pairs = pair(Pairing.random, cells(2, 6, 6), cells(2, 6, 6), w, v, BASIS, all_B)
     assert pairs.has_partner_BS.sum(1).tolist() == [4, 3]
     assert (pairs.partner_BS == torch.arange(6)).all()
