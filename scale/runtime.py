@@ -42,7 +42,7 @@ EXIT_AGAIN = 75
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 _MADV_HUGEPAGE, _LARGE_PAGE = 14, 1 << 21  # of mman.h; bytes on x86 and most ARM
-_HEAP_BYTES = 1 << 30
+_HEAP_BYTES, _MOST_BLOCKS = 1 << 30, 64
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -211,9 +211,11 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the largest that is allowed
     mallopt(_M_TOP_PAD, _HEAP_BYTES)
     library.sbrk.restype = library.malloc.restype = ctypes.c_void_p
-    start = library.sbrk(0)
-    block = ctypes.c_void_p(library.malloc((1 << 25) - (1 << 12)))  # the heap grows by the pad, too
-    library.free(block)
+    start, blocks = library.sbrk(0), []
+    while library.sbrk(0) == start and len(blocks) < _MOST_BLOCKS:  # until the heap has grown
+        blocks.append(ctypes.c_void_p(library.malloc((1 << 25) - (1 << 12))))
+    for block in blocks:
+        library.free(block)
     start, end = -(-start // _LARGE_PAGE) * _LARGE_PAGE, library.sbrk(0)
     if end > start:
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE)
