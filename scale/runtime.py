@@ -211,7 +211,8 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the largest that is allowed
     mallopt(_M_TOP_PAD, _HEAP_BYTES)
     library.sbrk.restype = library.malloc.restype = ctypes.c_void_p
-    start, blocks = library.sbrk(0), []
+    start = library.sbrk(0)
+    blocks: list[ctypes.c_void_p] = []
     while library.sbrk(0) == start and len(blocks) < _MOST_BLOCKS:  # until the heap has grown
         blocks.append(ctypes.c_void_p(library.malloc((1 << 25) - (1 << 12))))
     for block in blocks:
