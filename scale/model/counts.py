@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from scale.model.decoders import to_counts
 from scale.runtime import mix64_tensor, uniform
 from scale.types import Batch, Vocabulary
 
@@ -47,7 +48,7 @@ def whole_counts(cells_BSG: Tensor, batch: Batch, vocabulary: Vocabulary, seed: 
     below_BSG = torch.expm1(value_BSG).div_(step_BS1).floor_().mul_(step_BS1)
     gap_BSG = (step_BS1 / (1.0 + below_BSG)).log1p_()
     below_BSG.log1p_()
-    count_BSG = torch.expm1(control_BSG * vocabulary.value_scale).div_(step_BS1).round_()
+    count_BSG = to_counts(control_BSG, batch.control_library_BS, vocabulary)
     draw_BSG = _draw(count_BSG.to(torch.int64), batch.set_index_B, seed)
     is_up_BSG = draw_BSG * gap_BSG < value_BSG - below_BSG
     whole_BSG = below_BSG.addcmul_(gap_BSG, is_up_BSG.to(gap_BSG.dtype))

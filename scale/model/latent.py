@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from scale.config import Decoder, ModelConfig, ObjectiveConfig, Precision
 from scale.model.backend import reduce_from_tensor_model_parallel_region, tensor_parallel_size
 from scale.model.decoders import draw_counts, log_likelihood, to_counts, to_values
-from scale.model.encoder import build_encoder
+from scale.model.encoder import at_least_float32, build_encoder
 from scale.model.layers import act_on_own_cells, constant_start, gather_cells, own_cells
 from scale.model.losses import SetDistances, mmd_loss
 from scale.model.objective import Losses, weigh
@@ -200,8 +200,7 @@ class LatentSpace(nn.Module):
         return (self._narrowed(x_BSG) - center_Z) / deviation_Z
 
     def _narrowed(self, x_BSG: Tensor) -> Tensor:
-        narrowed: Tensor = self.narrow(F.silu(self.encoder(x_BSG)))
-        return narrowed.float() if narrowed.dtype == torch.bfloat16 else narrowed
+        return at_least_float32(self.narrow(F.silu(self.encoder(x_BSG))))
 
     @torch.no_grad()
     def _scale(self) -> tuple[Tensor, Tensor]:

@@ -76,9 +76,13 @@ class ConditionedLayer(TransformerLayer):  # type: ignore[misc]
             torch.addcmul(shift_1, normal_SBD, 1 + scale_1), attention_mask=attention_mask
         )
         x_SBD = torch.addcmul(x_SBD, gate_1, attended_SBD)
+        return self._feed(x_SBD, shift_2, scale_2, gate_2), context
+
+    def _feed(self, x_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor) -> Tensor:
+        """Return the cells after the feed-forward part."""
         normal_SBD = self.pre_mlp_layernorm(x_SBD)
-        fed_SBD, _bias = self.mlp(torch.addcmul(shift_2, normal_SBD, 1 + scale_2))
-        return torch.addcmul(x_SBD, gate_2, fed_SBD), context
+        fed_SBD, _bias = self.mlp(torch.addcmul(shift_BD, normal_SBD, 1 + scale_BD))
+        return torch.addcmul(x_SBD, gate_BD, fed_SBD)
 
 
 class LoneCellLayer(ConditionedLayer):
@@ -94,10 +98,7 @@ class LoneCellLayer(ConditionedLayer):
         """Return new cells [S, B, D] and the condition [B, 6, D], unchanged, for the next layer."""
         assert context is not None, "a conditioned layer needs the modulation"
         rows_B6D = (context + self.modulation).to(hidden_states.dtype)
-        shift, scale, gate = rows_B6D[:, 3:].unbind(1)
-        normal_SBD = self.pre_mlp_layernorm(hidden_states)
-        fed_SBD, _bias = self.mlp(torch.addcmul(shift, normal_SBD, 1 + scale))
-        return torch.addcmul(hidden_states, gate, fed_SBD), context
+        return self._feed(hidden_states, *rows_B6D[:, 3:].unbind(1)), context
 
 
 @dataclass(frozen=True, slots=True)
