@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scale.data.genes import GeneVocabulary
-from scale.types import Component, Perturbation, SourceError
+from scale.types import Component, Perturbation, SourceError, StoreError
 
 _COMPONENTS = pa.list_(
     pa.struct([("name", pa.string()), ("dose", pa.float64()), ("unit", pa.string())])
@@ -42,7 +42,7 @@ class StoreTables:
         names = {
             kind: tuple(row["name"] for row in codes if row["kind"] == kind) for kind in _KINDS
         }
-        conditions = pd.read_parquet(path / "conditions.parquet").set_index("id")
+        conditions = _numbered(pd.read_parquet(path / "conditions.parquet"), path)
         for kind in _KINDS:
             by_code = np.array([*names[kind], None], dtype=object)  # code -1 is the last: None
             conditions[kind] = by_code[conditions[kind].to_numpy()]
@@ -57,6 +57,20 @@ class StoreTables:
             tuple(row["label"] for row in perturbations),
             names["batch"],
         )
+
+
+def _numbered(conditions: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Return the table of conditions by id; ids count from 0.
+
+    A range is looked up by arithmetic. Any other index of pandas builds a hash table at its first
+    look-up, and a second thread that comes meanwhile finds it half filled: KeyError for an id that
+    is there.
+    """
+    ids = pd.RangeIndex(len(conditions), name="id")
+    if not np.array_equal(conditions.pop("id"), ids):
+        found = path / "conditions.parquet"
+        raise StoreError(f"{found}: ids do not count from 0 to {len(ids) - 1}")
+    return conditions.set_axis(ids)
 
 
 def write_table(path: Path, table: pd.DataFrame | pa.Table) -> None:
