@@ -291,7 +291,11 @@ class ProtocolConfig:
     missing: Missing = Missing.error
     """What to do with conditions that a prediction does not have."""
     match_cells: bool = False
-    """Draw as many cells of the larger side as the smaller one has."""
+    """Draw as many cells of the larger side as the smaller one has.
+
+    A prediction of more cells is then scored in two forms: the cells that were drawn, and the mean
+    of all of them, which has less of the noise of a draw.
+    """
     normalize: float | None = None
     """Both files hold counts: normalise them to this total and take log1p; null = they hold it."""
     cache: str | None = None

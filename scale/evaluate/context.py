@@ -16,7 +16,7 @@ from scale.evaluate.checks import CellTable
 from scale.evaluate.distances import Space, energy_distance, spread, squared_mmd, within_similarity
 from scale.evaluate.scoring import Facts, gene_numbers
 from scale.evaluate.sides import Control, Side, make_control, side_of_cells
-from scale.evaluate.statistics import Floats
+from scale.evaluate.statistics import Floats, column_sums
 from scale.evaluate.training import InputControl, Training
 from scale.runtime import derive, mix64_array
 
@@ -215,6 +215,12 @@ def read_conditions(table: CellTable, groups: Sequence[Rows]) -> tuple[sp.csr_ma
         cells.append(sp.csr_matrix(arrays, shape=(len(rows), matrix.shape[1])))
         first += len(rows)
     return tuple(cells)
+
+
+def mean_of_rows(table: CellTable, rows: Rows) -> Floats:
+    """Return the mean of cells, of which there may be too many to hold at once."""
+    sums = [column_sums(table.values[piece]) for piece in table.values.pieces(rows)]
+    return np.asarray(np.sum(sums, axis=0) / len(rows))
 
 
 def halves(context: Context, settings: Settings, split: int) -> tuple[Side, Side]:

@@ -35,6 +35,9 @@ class Inputs:
         Inputs; predicted by method.
     rows, predicted_rows
         Row numbers of every condition that both sides have, and of the control cells.
+    whole_rows
+        Predicted rows by method before cells were drawn from them (``protocol.match_cells``), for
+        methods with more cells than were drawn: their means are those of all cells.
     contexts
         Scored perturbations of every context.
     excluded
@@ -53,6 +56,7 @@ class Inputs:
     train: CellTable | None
     rows: dict[Condition, Rows]
     predicted_rows: dict[str, dict[Condition, Rows]]
+    whole_rows: dict[str, dict[Condition, Rows]] = field(default_factory=dict)
     contexts: dict[str, list[str]] = field(default_factory=dict)
     excluded: list[tuple[str, str, str]] = field(default_factory=list)
     fold: npt.NDArray[np.int8] | None = None
@@ -162,6 +166,7 @@ def _check_conditions(
 
 def _match_cells(inputs: Inputs, control: str, seed: int) -> None:
     """Draw from every side of a condition as many cells as the smallest has."""
+    whole = {method: dict(rows) for method, rows in inputs.predicted_rows.items()}
     sides = {OBSERVED: inputs.rows, **inputs.predicted_rows}
     for pair in [pair for pair in inputs.rows if pair[1] != control]:
         size = min(len(rows[pair]) for rows in sides.values())
@@ -169,6 +174,13 @@ def _match_cells(inputs: Inputs, control: str, seed: int) -> None:
             if len(rows[pair]) > size:
                 order = keyed_order(len(rows[pair]), seed, "match cells", name, *pair)
                 rows[pair] = rows[pair][np.sort(order[:size])]
+    inputs.whole_rows = {
+        method: rows
+        for method, rows in whole.items()
+        if any(
+            len(rows[pair]) > len(drawn) for pair, drawn in inputs.predicted_rows[method].items()
+        )
+    }
 
 
 def _check_values(inputs: Inputs, control: str, target_sum: float | None) -> None:
@@ -176,7 +188,10 @@ def _check_values(inputs: Inputs, control: str, target_sum: float | None) -> Non
     wanted = [*inputs.scored, *((c, control) for c in inputs.contexts)]
     tables: list[tuple[CellTable, Mapping[Condition, Rows] | None]] = [
         (inputs.observed, inputs.rows),
-        *((t, inputs.predicted_rows[m]) for m, t in inputs.predicted.items()),
+        *(
+            (t, inputs.whole_rows.get(m, inputs.predicted_rows[m]))
+            for m, t in inputs.predicted.items()
+        ),
     ]
     if inputs.train is not None:
         tables.append((inputs.train, None))

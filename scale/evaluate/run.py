@@ -39,6 +39,7 @@ from scale.evaluate.context import (
     halves,
     input_of,
     make_context,
+    mean_of_rows,
     read_conditions,
     side_of,
 )
@@ -214,6 +215,11 @@ class Run:
         cells = read_conditions(table, [rows[(context.name, label)] for label in context.labels])
         self._identical[method] += sum(are_identical(c) for c in cells)
         self._score(method, CELLS, context, side_of(cells, control, self.settings))
+        if whole := self.inputs.whole_rows.get(method):
+            rows_P = [whole[(context.name, label)] for label in context.labels]
+            mean_PG = np.stack([mean_of_rows(table, rows) for rows in rows_P])
+            num_P = np.array([len(rows) for rows in rows_P])
+            self._score(method, MEAN, context, side_of_means(mean_PG, num_P, control))
 
     def _baseline(self, method: str, context: Context) -> None:
         """Score both forms of a baseline on the conditions for which it exists."""

@@ -374,7 +374,28 @@ def test_cells_are_matched_if_asked(pair):
     again = evaluate(fewer, observed, match_cells=True, min_cells=2)
     pd.testing.assert_frame_equal(evaluation.scores, again.scores, check_exact=True)
     more = evaluate(observed, fewer, match_cells=True, min_cells=2)
-    assert more.scores.query("metric == 'mse'")["num_cells_predicted"].tolist() == sizes.tolist()
+    drawn = more.scores.query("metric == 'mse' and form == 'cells'")
+    assert drawn["num_cells_predicted"].tolist() == sizes.tolist()
+
+
+def test_means_are_those_of_all_cells_where_some_are_drawn(pair):
+    observed, predicted = pair
+    rows = np.flatnonzero(treated(predicted))
+    kept = np.r_[np.flatnonzero(~treated(predicted)), rows[::3]]
+    fewer = observed[np.sort(kept)].copy()
+    found = evaluate(predicted, fewer, match_cells=True, min_cells=2)
+    means = found.scores.query("form == 'mean'").set_index(["metric", "context", "perturbation"])
+    assert set(found.scores["form"]) == {"cells", "mean"}
+
+    def mean(adata, line, drug):
+        chosen = (adata.obs["line"] == line) & (adata.obs["drug"] == drug)
+        return np.asarray(adata[chosen.to_numpy()].X.mean(axis=0)).ravel()
+
+    for line, drug in PAIRS:
+        error = np.mean((mean(predicted, line, drug) - mean(fewer, line, drug)) ** 2)
+        assert means.loc[("mse", line, drug), "value"] == pytest.approx(error, rel=1e-6)
+    assert "energy_distance" not in means.index.get_level_values("metric")
+    assert set(evaluate(predicted, observed).scores["form"]) == {"cells"}  # as many: one form
 
 
 # --- what is said beside the numbers ------------------------------------------------------------
