@@ -140,10 +140,9 @@ def gain_of(
     """Return the relative gain of a method over a rival; positive = better.
 
     Ratio of means less 1; of a metric of which less is better, 1 less that ratio: -0.05 is 5 %
-    more of it. The method is scored as cells, the rival in ``form``, None = its better one: an
-    exact mean has none of the noise of drawn cells.
+    more of it. Both are scored in ``form``, None = each in its better one.
     """
-    own_US = table.values(method, "cells", metric)
+    own_US = table.values(method, form or table.better_form(method, metric), metric)
     other_US = table.values(rival, form or table.better_form(rival, metric), metric)
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
 
@@ -159,7 +158,7 @@ def summary(table: Table, method: str, rival: str, baselines: Sequence[str]) -> 
     found: dict[str, object] = {}
     reached = {}
     for metric, least in TARGETS.items():
-        gain = gain_of(table, metric, method, rival)
+        gain = gain_of(table, metric, method, rival, "cells")
         found |= {f"gain_{metric}": _number(gain.value), f"gain_{metric}_low": _number(gain.low)}
         found[f"gain_{metric}_high"] = _number(gain.high)
         reached[f"gain_{metric}"] = bool(gain.value >= least)

@@ -7,7 +7,7 @@ a changed line of the package makes its runs anew and leaves the old ones alone.
 
     data = make_dataset("fewshot", seed, key, write)     # write(folder) -> settings of prepare
     run = pretrain(data, seed, ["objective.time=zero"])
-    rows = evaluate(data, {("ours", seed): predict(run, data).folder / "predicted.h5ad"})
+    rows = evaluate(data, {("ours", seed): predicted(run, data)})
 """
 
 from __future__ import annotations
@@ -47,9 +47,13 @@ METRICS = {
     "num_de_ratio": "num_significant_ratio",
 }
 """Name here -> name in the tables of ``scale evaluate``."""
-CELLS = "cells"
-"""Form of a prediction made of cells."""
+CELLS, MEAN = "cells", "mean"
+"""Forms of a prediction: cells, and the mean of many more of them, where it has one."""
+CELLS_OF_MEAN = 1_000
+"""Cells of a condition whose mean is the second form of ours."""
 LOWER_IS_BETTER = frozenset({"mse", "energy_distance", "energy_ratio"})
+_MANY = "many_"
+"""How the report calls a prediction of more cells, of which only the mean is scored."""
 _PREDICTION = ("config", "data", "model", "predict", "tasks", "train")
 
 
@@ -80,7 +84,8 @@ class Row:
     dataset, data_seed, model_seed, method
         What was scored; ``model_seed`` is None for a baseline.
     form
-        ``cells``, or ``mean``: the exact mean of a baseline, which has no scores of cells.
+        ``cells``, or ``mean``: the exact mean of a baseline, or that of many predicted cells; it
+        has no scores of cells.
     by_context
         Metric -> mean over the conditions of each context.
     within_variance_ratio
@@ -251,6 +256,28 @@ def predict(run: Done, data: Dataset, settings: Sequence[str] = ()) -> Done:
     return run_scale("predict", [*given, "overwrite=true", *settings])
 
 
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """Files of a prediction.
+
+    Parameters
+    ----------
+    cells
+        As many cells as were observed.
+    many
+        More cells, of which the mean is scored and nothing else; None = no second form.
+    """
+
+    cells: Path
+    many: Path | None = None
+
+
+def predicted(run: Done, data: Dataset) -> Predicted:
+    """Return both forms of what a training predicts for the test conditions."""
+    many = predict(run, data, [f"cells_per_condition={CELLS_OF_MEAN}", "include_control=false"])
+    return Predicted(predict(run, data).folder / "predicted.h5ad", many.folder / "predicted.h5ad")
+
+
 # --- scores -------------------------------------------------------------------------------------
 
 
@@ -264,12 +291,17 @@ class Scores:
 
 
 def evaluate(
-    data: Dataset, predicted: Mapping[tuple[str, int], Path], settings: Sequence[str] = ()
+    data: Dataset, predicted: Mapping[tuple[str, int], Predicted], settings: Sequence[str] = ()
 ) -> Scores:
-    """Judge predictions, (method, model seed) -> h5ad, with all baselines, in one evaluation."""
-    names = {f"m{number}": method for number, method in enumerate(predicted)}
-    files = ",".join(f"m{number}={path}" for number, path in enumerate(predicted.values()))
-    given = [f"predicted=[{files}]", f"observed={data.store}", f"split={data.split}"]
+    """Judge predictions, by (method, model seed), with all baselines, in one evaluation."""
+    names, files = {}, []
+    for number, (method, made) in enumerate(predicted.items()):
+        for name, path in ((f"m{number}", made.cells), (f"{_MANY}{number}", made.many)):
+            if path is not None:
+                names[name] = method
+                files.append(f"{name}={path}")
+    given = [f"predicted=[{','.join(files)}]", f"observed={data.store}", f"split={data.split}"]
+    given.append("protocol.match_cells=true")  # of many cells as many are drawn as were observed
     parts = ("config", "data", "evaluate", "tasks")
     done = run_scale("evaluate", [*given, "overwrite=true", *settings], parts=parts)
     return read_scores(done.folder, data, names)
@@ -279,7 +311,8 @@ def read_scores(folder: Path, data: Dataset, names: Mapping[str, tuple[str, int]
     """Return the scores of a report; ``names``: method in the report -> method, model seed."""
     here = {column: name for name, column in METRICS.items()}
     table = pd.read_parquet(folder / "scores.parquet")
-    table = table[table["metric"].isin(list(here))]
+    is_drawn = table["method"].str.startswith(_MANY) & (table["form"] == CELLS)
+    table = table[table["metric"].isin(list(here)) & ~is_drawn]
     table = table.assign(metric=table["metric"].map(here))
     collapse = json.loads((folder / "collapse.json").read_text())
     scores = Scores(by_condition=table.rename(columns={"method": "name"}))
@@ -287,11 +320,11 @@ def read_scores(folder: Path, data: Dataset, names: Mapping[str, tuple[str, int]
         method, model_seed = names.get(name, (name, None))
         means = part.groupby(["metric", "context"])["value"].mean()
         by_context = {metric: means[metric].to_dict() for metric in part["metric"].unique()}
-        within = collapse.get(name, {}).get("within_variance_ratio") if form == CELLS else None
+        told = collapse.get(name, {}) if form == CELLS else {}
         place = (data.name, data.seed, model_seed, method, form)
-        scores.rows.append(Row(*place, by_context, within))
-    told = pd.DataFrame.from_dict(names, orient="index", columns=["method", "model_seed"])
-    scores.by_condition = scores.by_condition.join(told, on="name")
+        scores.rows.append(Row(*place, by_context, told.get("within_variance_ratio")))
+    of_names = pd.DataFrame.from_dict(names, orient="index", columns=["method", "model_seed"])
+    scores.by_condition = scores.by_condition.join(of_names, on="name")
     scores.by_condition["method"] = scores.by_condition["method"].fillna(
         scores.by_condition["name"]
     )

@@ -35,6 +35,7 @@ from quality_runs import (
     SPLIT,
     STEPS,
     Dataset,
+    Predicted,
     Row,
     evaluate,
     finetune,
@@ -153,7 +154,7 @@ def run(plan: Plan) -> list[Row]:
             }
             for name, done in runs.items():
                 cells = predict(done, second).folder / "predicted.h5ad"
-                predicted[(f"{name} {steps}", seed)] = cells
+                predicted[(f"{name} {steps}", seed)] = Predicted(cells)
         rows += evaluate(second, predicted, ["protocol.ceiling=false"]).rows
     return rows
 
