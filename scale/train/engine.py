@@ -169,8 +169,9 @@ class Engine:
         own = data_wait_seconds + self._passes_done - began
         told = self._gather(batches, losses, data_wait_seconds, own, stop=stop_requested)
         self._refuse_non_finite(told, step)
-        overflow = self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.clip_grad_norm(self._config.clip_norm))
+        with megatron_cpu.paused():
+            overflow = self.optimizer.prepare_grads()
+            grad_norm = optim.clip_gradients(self.optimizer, self._config.clip_norm)
         if overflow or not math.isfinite(grad_norm):
             # The norm is reduced over all ranks, so all of them come here. Clipping has touched
             # gradients only.
@@ -180,8 +181,9 @@ class Engine:
                 "the update"
             )
         optim.set_rate(self.optimizer, lr=lr, weight_decay=self._config.weight_decay)
-        self.optimizer.step_with_ready_grads()
-        self.average.update(step - 1)
+        with megatron_cpu.paused():
+            self.optimizer.step_with_ready_grads()
+            self.average.update(step - 1)
         if step % REPLICA_STEPS == 0 and self.layout.world_size > 1:
             check_replicas(self.model, step=step)
         means = self._scored(told.losses).mean(dim=0).tolist()
@@ -203,8 +205,9 @@ class Engine:
         none on a pipeline stage before the last.
         """
         self._wrapped.train()
-        self._wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with megatron_cpu.paused():
+            self._wrapped.zero_grad_buffer()
+            self.optimizer.zero_grad()
         kept: list[LossesLike] = []
 
         def forward(

@@ -7,9 +7,12 @@ from ranks import RankContext, run_ranks, save_weights
 from scale.config import Precision
 from scale.train import megatron_cpu
 
+BY_PRECISION = {"type_strings": Precision.bf16}
+"""What needs an item, where fp32 does not."""
+
 
 def probe(context: RankContext, item: str | None, folder: str) -> str:
-    """One fp32 step and a sharded save with an item left out; returns what went wrong."""
+    """One step and a sharded save with an item left out; returns what went wrong."""
     from pathlib import Path
 
     from test_engine import make_engine, share
@@ -17,7 +20,7 @@ def probe(context: RankContext, item: str | None, folder: str) -> str:
     megatron_cpu.install(skip=frozenset() if item is None else frozenset({item}))
     try:
         with context.layout() as layout:
-            engine = make_engine(layout)
+            engine = make_engine(layout, precision=BY_PRECISION.get(item, Precision.fp32))
             engine.step(share(layout, 0), step=1, lr=1e-2)
             save_weights(Path(folder), engine)
     except (AssertionError, AttributeError, RuntimeError, TypeError) as error:

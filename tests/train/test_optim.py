@@ -125,3 +125,37 @@ def test_an_update_is_adamw_on_clipped_gradients(tmp_path):
         # fp32 against float64; a step moves a weight by about 1e-2
         np.testing.assert_allclose(after[name], weight, atol=2e-6, err_msg=name)
         np.testing.assert_allclose(average[name], expected_average[name], atol=2e-6, err_msg=name)
+
+
+def clipped_twice(context: RankContext, max_norm: float):
+    """Norm and gradients after clipping, by this package and by Megatron."""
+    from toy_model import OPTIMIZER, ToyModel, micro_batches
+
+    from scale.train.engine import Engine
+    from scale.train.optim import clip_gradients
+
+    told = []
+    with context.layout(tensor_size=2) as layout:
+        model = ToyModel(tensor_size=2)
+        engine = Engine(model, layout, OPTIMIZER, lr=1e-2)
+        for is_own in (True, False):
+            engine.gradients(
+                micro_batches(0, sets_per_batch=2, sets_per_micro_batch=2, rank=0, size=1)
+            )
+            engine.optimizer.prepare_grads()
+            clip = engine.optimizer
+            norm = clip_gradients(clip, max_norm) if is_own else clip.clip_grad_norm(max_norm)
+            told.append((norm, [p.main_grad.numpy().copy() for p in model.parameters()]))
+    return told
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 1e6])
+def test_clipping_is_megatrons(tmp_path, max_norm):
+    # ranks of one model have the same norm, and different gradients of what is cut
+    norms = set()
+    for (norm, own), (expected, theirs) in run_ranks(clipped_twice, 2, tmp_path, max_norm):
+        assert norm == pytest.approx(expected, rel=1e-6)
+        for a, b in zip(own, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+        norms.add(norm)
+    assert len(norms) == 1
