@@ -5,8 +5,7 @@ computed once for a batch: each has the signature ``(distances) -> loss_B`` and 
 ``LOSSES``. Estimates over pairs of cells are U-statistics: unbiased, hence they can be negative;
 never clamp them or take their root.
 
-Shapes: B = sets in the batch, S = predicted cells per set, T = observed cells per set, G = genes,
-N = S + T.
+Shapes: B = sets in the batch, S = predicted cells per set, T = observed cells per set, G = genes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 
 from scale.model.pairing import Pairs
-from scale.model.products import by_mkl
 
 MMD_WIDTHS = (0.5, 1.0, 2.0, 4.0)
 """Kernel widths in units of the median squared distance between observed cells."""
@@ -161,39 +159,33 @@ LOSSES: dict[str, SetLoss] = {
 
 
 class _SquaredDistances(torch.autograd.Function):
-    r"""Squared distances by products: one product for those of predicted cells, one backward.
+    r"""Squared distances by products, and their gradient by products.
 
     Of the losses, only the products touch the genes: what is elementwise happens on tables of cells
     by cells. With g the gradients of the two tables and h = g + g' of the one within,
 
     .. math:: da_i = 2 \sum_j g_{ij} (a_i - y_j) + 2 \sum_j h_{ij} (a_i - a_j)
 
-    which is one matrix of cells by cells times the cells of both sets.
+    which is a table of cells by cells times the cells, for either set.
     """
 
     @staticmethod
     def forward(
         ctx: Any, predicted_BSG: Tensor, observed_BTG: Tensor, observed_mask_BT: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_sets, size, num_genes = predicted_BSG.shape
         # Centring at the observed mean costs little and divides the rounding error by three.
         share_BT = _shares(observed_mask_BT, observed_BTG)
         center_B1G = share_BT[:, None, :] @ observed_BTG
-        cells_BNG = predicted_BSG.new_empty(num_sets, size + observed_BTG.shape[1], num_genes)
-        torch.sub(predicted_BSG, center_B1G, out=cells_BNG[:, :size])
-        torch.sub(observed_BTG, center_B1G, out=cells_BNG[:, size:])
-        a_BSG, y_BTG = cells_BNG[:, :size], cells_BNG[:, size:]
+        a_BSG, y_BTG = predicted_BSG - center_B1G, observed_BTG - center_B1G
         with _full_precision():
-            product_BSN = a_BSG @ cells_BNG.mT
-            yy_BTT = y_BTG @ y_BTG.mT
-        aa_BSS, ay_BST = product_BSN[:, :, :size], product_BSN[:, :, size:]
+            ay_BST, aa_BSS, yy_BTT = a_BSG @ y_BTG.mT, a_BSG @ a_BSG.mT, y_BTG @ y_BTG.mT
         norm_a_BS, norm_y_BT = _diagonal(aa_BSS), _diagonal(yy_BTT)
         squared = (
             _from_products(ay_BST, norm_a_BS, norm_y_BT),
             _from_products(aa_BSS, norm_a_BS, norm_a_BS),
             _from_products(yy_BTT, norm_y_BT, norm_y_BT),
         )
-        ctx.save_for_backward(cells_BNG)
+        ctx.save_for_backward(a_BSG, y_BTG)
         ctx.mark_non_differentiable(squared[2])
         return squared
 
@@ -201,11 +193,11 @@ class _SquaredDistances(torch.autograd.Function):
     def backward(
         ctx: Any, across_BST: Tensor, within_BSS: Tensor, _observed: Tensor
     ) -> tuple[Tensor, None, None]:
-        (cells_BNG,) = ctx.saved_tensors
-        weight_BSN = torch.cat([within_BSS + within_BSS.mT, across_BST], 2).mul_(-2)
-        _diagonal(weight_BSN).sub_(weight_BSN.sum(2))
+        a_BSG, y_BTG = ctx.saved_tensors
+        to_y_BST, to_a_BSS = across_BST * -2, (within_BSS + within_BSS.mT).mul_(-2)
+        _diagonal(to_a_BSS).sub_(to_a_BSS.sum(2) + to_y_BST.sum(2))
         with _full_precision():
-            return weight_BSN @ cells_BNG, None, None
+            return (to_a_BSS @ a_BSG).baddbmm_(to_y_BST, y_BTG), None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +229,7 @@ def _full_precision() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     allowed, matmul.allow_tf32 = matmul.allow_tf32, False
     try:
-        with by_mkl():
-            yield
+        yield
     finally:
         matmul.allow_tf32 = allowed
 
