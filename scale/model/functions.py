@@ -71,39 +71,56 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    r"""Return :math:`x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \cdot w` over the last dimension.
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, shift: Tensor | None = None) -> Tensor:
+    r"""Return :math:`x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \cdot w + b` over the last dimension.
 
     Statistics are in float32 at least; the result has the dtype of ``x``. Torch has a kernel of its
     own on CUDA, and on a CPU a dozen operations.
+
+    Parameters
+    ----------
+    x
+        Rows to be normalised.
+    weight, shift
+        Of one row, or of the last dimensions of ``x``; no shift = 0.
+    epsilon
+        Added to the mean square.
     """
     if x.device.type == "cpu":
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        normal: Tensor = _RMSNorm.apply(wide, weight.to(wide.dtype), epsilon)  # type: ignore[no-untyped-call]
+        factors = weight.to(wide.dtype), None if shift is None else shift.to(wide.dtype)
+        normal: Tensor = _RMSNorm.apply(wide, *factors, epsilon)  # type: ignore[no-untyped-call]
         return normal.to(x.dtype)
-    normal = F.rms_norm(x, (x.shape[-1],), weight, epsilon)
-    return normal
+    if weight.ndim == 1:
+        normal = F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+        return normal if shift is None else normal + shift
+    normal = F.rms_norm(x, (x.shape[-1],), None, epsilon)
+    return normal * weight if shift is None else torch.addcmul(shift, normal, weight)
 
 
 class _RMSNorm(torch.autograd.Function):
     """With n = x / rms, the gradient is (g w - n mean(g w n)) / rms: a third of autograd's time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, shift: Tensor | None, epsilon: float
+    ) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = (length.square_() / x.shape[-1]).add_(epsilon).rsqrt_()
         normal: Tensor = x * inverse
         ctx.save_for_backward(normal, inverse, weight)
-        return normal * weight
+        ctx.has_shift = shift is not None
+        return normal * weight if shift is None else torch.addcmul(shift, normal, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         normal, inverse, weight = ctx.saved_tensors
         product = gradient * normal
-        to_weight = product.flatten(0, -2).sum(0)
-        minus_mean = (product @ weight).unsqueeze(-1) / -weight.shape[0]
+        to_weight = product.sum_to_size(weight.shape)
+        to_shift = gradient.sum_to_size(weight.shape) if ctx.has_shift else None
+        minus_mean = product.mul_(weight).sum(-1, keepdim=True).div_(-weight.shape[-1])
         to_x = torch.mul(gradient, weight).addcmul_(normal, minus_mean).mul_(inverse)
-        return to_x, to_weight, None
+        return to_x, to_weight, to_shift, None
 
 
 def attend(
@@ -223,6 +240,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x / rms(x) * weight in the dtype of ``x``."""
         return rms_norm(x, self.weight, self.eps)
+
+    def modulated(self, x_SBD: Tensor, scale_BD: Tensor, shift_BD: Tensor) -> Tensor:
+        """Return x / rms(x) * weight * (1 + scale) + shift."""
+        return rms_norm(x_SBD, self.weight * (1 + scale_BD), self.eps, shift_BD)
 
 
 class SDPACoreAttention(nn.Module):

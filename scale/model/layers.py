@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scale.model.backend import (
+    RMSNorm,
     TransformerConfig,
     TransformerLayer,
     build_block,
@@ -71,18 +72,21 @@ class ConditionedLayer(TransformerLayer):  # type: ignore[misc]
         rows_B6D = (context + self.modulation).to(hidden_states.dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = rows_B6D.unbind(1)
         x_SBD = hidden_states
-        normal_SBD = self.input_layernorm(x_SBD)
-        attended_SBD, _bias = self.self_attention(
-            torch.addcmul(shift_1, normal_SBD, 1 + scale_1), attention_mask=attention_mask
-        )
+        normal_SBD = _modulated(self.input_layernorm, x_SBD, scale_1, shift_1)
+        attended_SBD, _bias = self.self_attention(normal_SBD, attention_mask=attention_mask)
         x_SBD = torch.addcmul(x_SBD, gate_1, attended_SBD)
         return self._feed(x_SBD, shift_2, scale_2, gate_2), context
 
     def _feed(self, x_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor) -> Tensor:
         """Return the cells after the feed-forward part."""
-        normal_SBD = self.pre_mlp_layernorm(x_SBD)
-        fed_SBD, _bias = self.mlp(torch.addcmul(shift_BD, normal_SBD, 1 + scale_BD))
+        fed_SBD, _bias = self.mlp(_modulated(self.pre_mlp_layernorm, x_SBD, scale_BD, shift_BD))
         return torch.addcmul(x_SBD, gate_BD, fed_SBD)
+
+
+def _modulated(norm: nn.Module, x_SBD: Tensor, scale_BD: Tensor, shift_BD: Tensor) -> Tensor:
+    if isinstance(norm, RMSNorm):
+        return norm.modulated(x_SBD, scale_BD, shift_BD)
+    return torch.addcmul(shift_BD, norm(x_SBD), 1 + scale_BD)  # Transformer Engine's
 
 
 class LoneCellLayer(ConditionedLayer):

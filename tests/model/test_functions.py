@@ -32,6 +32,14 @@ def test_rms_norm_and_its_gradient(scale):
         torch.testing.assert_close(own, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_a_modulated_norm_and_its_gradient():
+    x, weight, shift = numbers(4, 2, 6), numbers(2, 6, seed=1), numbers(2, 6, seed=2)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, shift)]
+    expected = shift + weight * F.rms_norm(x, (6,), None, 1e-6)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6, shift), expected)
+    assert torch.autograd.gradcheck(lambda x, w, b: rms_norm(x, w, 1e-6, b), inputs)
+
+
 def test_rms_norm_keeps_statistics_of_bf16_in_float32():
     x, weight = numbers(5, 64, dtype=torch.float32), torch.ones(64)
     exact = rms_norm(x.bfloat16().double(), weight.double(), 1e-6)
