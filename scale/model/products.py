@@ -48,7 +48,7 @@ def is_onednn() -> bool:
 
 @contextmanager
 def by_mkl() -> Iterator[None]:
-    """Leave products to MKL for a ``with`` block: oneDNN copies batches that are not contiguous."""
+    """Leave products to MKL for a ``with`` block: oneDNN is slow with many small ones."""
     if not _before:
         yield
         return
