@@ -109,12 +109,13 @@ class ObjectiveConfig:
     prediction: Prediction = Prediction.endpoint
     """``velocity``: the network gives the rate of change, and the point loss is taken on it."""
     head: Head = Head.residual
-    pairing: Pairing = Pairing.ot
+    pairing: Pairing = Pairing.random
+    """``ot`` pairs cells by optimal transport: for ``point_weight``."""
     time: TimeLaw = TimeLaw.mix
     zero_time_fraction: float = 0.5
     """Share of sets at path time 0 under ``mix``."""
     energy_weight: float = 1.0
-    mean_weight: float = 1.0
+    mean_weight: float = 0.0
     point_weight: float = 0.0
     mmd_weight: float = 0.0
     masked_gene_fraction: float = 0.0

@@ -35,7 +35,7 @@ NAMED_CONTEXTS = Variant(
 """Cell types and batches are shown to the model as often as in the larger presets."""
 ON_FEWSHOT = (
     *(shipped(path.stem) for path in sorted(FOLDER.glob("*.yaml"))),
-    Variant("point .1", ("objective.point_weight=0.1",)),
+    Variant("point .1", ("objective.point_weight=0.1", "objective.pairing=ot")),
     Variant("objective of the paper", ("objective=scale_paper",)),
     Variant("counts not whole", ("objective.whole_counts=false",)),
     Variant("genes hidden .15", ("objective.masked_gene_fraction=0.15",)),

@@ -79,7 +79,7 @@ def test_rate_is_a_third_and_frozen_encoder_stays(pretrained, toy_store_path, tm
     stop.received = "SIGTERM"
     assert finetune(run_dir, pretrained, toy_store_path, *changes, stop=stop) == EXIT_AGAIN
     assert finetune(run_dir, pretrained, toy_store_path, *changes) == 0
-    assert read_metrics(run_dir)[0]["train/lr"] == pytest.approx(1.5e-3 / 3)
+    assert read_metrics(run_dir)[0]["train/lr"] == pytest.approx(8e-4 / 3)
     before, after = read_average(pretrained / "export"), read_average(run_dir / "export")
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert not any(n.startswith("encoder.") for n in changed)
