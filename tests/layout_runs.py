@@ -12,7 +12,7 @@ import torch
 from example_sets import batch, build, in_float64, shake, sizes, take
 from ranks import RankContext
 
-from scale.config import ObjectiveConfig, OptimizerConfig, Precision
+from scale.config import ObjectiveConfig, OptimizerConfig, Pairing, Precision
 from scale.train.parallel import Layout
 from scale.types import Batch
 
@@ -74,7 +74,13 @@ def share(run: Run, layout: Layout, step: int, *, size: int = 4) -> list[Batch]:
     return [take(sets, slice(start, start + size)) for start in starts]
 
 
-ENDPOINT = ObjectiveConfig(point_weight=0.3, mmd_weight=0.2, masked_gene_fraction=0.25)
+ENDPOINT = ObjectiveConfig(
+    pairing=Pairing.ot,
+    mean_weight=1.0,
+    point_weight=0.3,
+    mmd_weight=0.2,
+    masked_gene_fraction=0.25,
+)
 
 
 def make_engine(

@@ -143,11 +143,11 @@ def test_steps_that_make_no_sense_are_refused(model):
 
 
 def test_total_is_the_weighted_sum_of_parts():
-    model = shake(build(objective=ObjectiveConfig(point_weight=0.3)))
+    model = shake(build(objective=ObjectiveConfig(mean_weight=0.5, point_weight=0.3)))
     losses = model(batch(control_lengths=[8, 6, 8], treated_lengths=[8, 8, 4]))
     assert losses.num_sets == B
     assert list(losses.parts) == ["energy", "mean", "point"]
-    weighted = losses.parts["energy"] + losses.parts["mean"] + 0.3 * losses.parts["point"]
+    weighted = losses.parts["energy"] + 0.5 * losses.parts["mean"] + 0.3 * losses.parts["point"]
     torch.testing.assert_close(losses.total.detach(), weighted)
     assert not any(part.requires_grad for part in losses.parts.values())
 
@@ -161,7 +161,9 @@ def test_loss_is_the_mean_over_sets_whatever_the_micro_batch():
 
 @BOTH
 def test_padded_rows_do_not_reach_the_loss_or_its_gradient(gene_layers):
-    model = shake(build(sizes(gene_layers=gene_layers), ObjectiveConfig(mmd_weight=0.5)))
+    model = shake(
+        build(sizes(gene_layers=gene_layers), ObjectiveConfig(mean_weight=1.0, mmd_weight=0.5))
+    )
     sets = batch(control_lengths=[8, 5, 6], treated_lengths=[4, 8, 6])
 
     def loss_and_gradient(these):
@@ -204,7 +206,7 @@ def test_recompute_calls_blocks_again_for_their_gradient_only(recompute):
 
 
 def test_gradient_of_the_whole_model_against_finite_differences():
-    model = shake(build(objective=ObjectiveConfig(mmd_weight=0.3))).double()
+    model = shake(build(objective=ObjectiveConfig(mean_weight=1.0, mmd_weight=0.3))).double()
     sets = in_float64(batch(control_lengths=[8, 6, 8], treated_lengths=[8, 8, 5]))
     losses = model(sets)
     losses.total.backward()

@@ -18,6 +18,7 @@ CASES = {
     "linear": {},
     "patches": {"gene_layers": 1},
 }
+OBJECTIVE = ObjectiveConfig(mean_weight=1.0, mmd_weight=0.2, masked_gene_fraction=0.25)
 FAULTS = ("unmarked table", "modulation not spread", "gather sums gradients")
 
 
@@ -33,9 +34,7 @@ def measure(changes: dict, fault: str | None = None) -> dict:
         finalize_model_grads,
     )
 
-    model = shake(
-        build(sizes(**changes), ObjectiveConfig(mmd_weight=0.2, masked_gene_fraction=0.25))
-    ).double()
+    model = shake(build(sizes(**changes), OBJECTIVE)).double()
     if fault == "unmarked table":
         model.blocks.stack.layers[1].modulation.sequence_parallel = False
     sets = in_float64(masked_batch())

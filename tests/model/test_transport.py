@@ -6,12 +6,12 @@ import pytest
 import torch
 from example_sets import batch, build, cells, shake, sizes, take
 
-from scale.config import Head, ObjectiveConfig, Prediction, Prior
+from scale.config import Head, ObjectiveConfig, Pairing, Prediction, Prior
 from scale.model.flow import interpolate
 from scale.model.objective import Targets, velocity_losses, weighted_losses
 from scale.model.pairing import pair_in_order
 
-PLAIN = ObjectiveConfig(point_weight=0.3, whole_counts=False)
+PLAIN = ObjectiveConfig(pairing=Pairing.ot, mean_weight=1.0, point_weight=0.3, whole_counts=False)
 GAUSSIAN = replace(PLAIN, prior=Prior.gaussian)
 VELOCITY = replace(PLAIN, prediction=Prediction.velocity)
 

@@ -24,7 +24,7 @@ from layout_runs import (
 )
 from ranks import RankContext, run_ranks, save_weights
 
-from scale.config import Decoder, Head, ObjectiveConfig, Prediction, Prior, Space
+from scale.config import Decoder, Head, ObjectiveConfig, Pairing, Prediction, Prior, Space
 
 LATENT = ObjectiveConfig(
     space=Space.latent,
@@ -32,6 +32,7 @@ LATENT = ObjectiveConfig(
     head=Head.direct,
     latent_size=6,
     decoder=Decoder.negative_binomial,
+    mean_weight=1.0,
     reconstruction_weight=1.0,
     alignment_weight=0.5,
     whole_counts=False,
@@ -39,6 +40,8 @@ LATENT = ObjectiveConfig(
 VELOCITY = ObjectiveConfig(
     prior=Prior.gaussian,
     prediction=Prediction.velocity,
+    pairing=Pairing.ot,
+    mean_weight=1.0,
     point_weight=0.3,
     mmd_weight=0.2,
     whole_counts=False,
