@@ -23,7 +23,7 @@ from scale.data.control_pool import ControlPool
 from scale.data.draws import Integers
 from scale.data.features import read_features
 from scale.data.loader import Normalisation, SetReader
-from scale.data.rank_share import RankShare
+from scale.data.rank_share import RankShare, run_of_batches
 from scale.data.sampler import PLAN_VERSION, SetPlan
 from scale.data.split import Split
 from scale.data.store import CellSetStore
@@ -262,7 +262,9 @@ class CellSetDataModule:
     def part_batches(
         self, part: Part, *, max_sets_per_condition: int | None, sets_per_batch: int
     ) -> Iterator[Batch]:
-        """Yield every condition of a part in order, all of them on every rank.
+        """Yield this rank's share of a part's sets, in order of the conditions.
+
+        The share is a run of batches, so that at most its first and last condition are divided.
 
         Parameters
         ----------
@@ -290,10 +292,8 @@ class CellSetDataModule:
             )
             self._part_readers[key] = plan, self._reader(plan)
         plan, reader = self._part_readers[key]
-        total = plan.num_sets_per_epoch
-        jobs = (
-            np.arange(start, min(start + sets_per_batch, total))
-            for start in range(0, total, sets_per_batch)
+        jobs = run_of_batches(
+            plan.num_sets_per_epoch, sets_per_batch, rank=self._rank, num_ranks=self._num_ranks
         )
         with closing(self._ahead(reader, jobs)) as batches:
             yield from batches

@@ -76,3 +76,22 @@ class RankShare:
         while True:
             yield np.arange(start, start + self.sets_per_micro_batch)
             start += self.num_ranks * self.sets_per_micro_batch
+
+
+def run_of_batches(
+    num_sets: int, sets_per_batch: int, *, rank: int, num_ranks: int
+) -> Iterator[Integers]:
+    """Yield the set numbers of a rank's batches, where every set is read once by one of the ranks.
+
+    Ranks have neighbouring batches, as many as each other or one more; the last batch of all may be
+    smaller.
+
+    Examples
+    --------
+    >>> [batch.tolist() for batch in run_of_batches(7, 2, rank=1, num_ranks=2)]
+    [[4, 5], [6]]
+    """
+    num_batches = -(-num_sets // sets_per_batch)
+    for number in range(num_batches * rank // num_ranks, num_batches * (rank + 1) // num_ranks):
+        first = number * sets_per_batch
+        yield np.arange(first, min(first + sets_per_batch, num_sets))

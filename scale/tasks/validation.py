@@ -6,6 +6,7 @@ Shapes: B = sets in the batch, S = cells per set, G = genes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from scale.config import ObjectiveConfig, ValidationConfig
 from scale.data.module import CellSetDataModule
 from scale.model.losses import SetDistances, energy_loss
 from scale.model.model import ScaleModel
+from scale.train.parallel import gather_over_sets
 from scale.types import Batch
 
 
@@ -28,7 +30,8 @@ class Validation:
     two changes have disjoint control cells as reference: with a shared sample, changes of
     unrelated perturbations correlate.
 
-    Memory does not grow with the split: conditions come in order, and only one is open.
+    Data parallel ranks share out the sets. Memory does not grow with the split: conditions come in
+    order, and only those at the ends of a share, which other ranks may have a part of, stay open.
 
     Parameters
     ----------
@@ -57,28 +60,19 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model: ScaleModel, step: int) -> dict[str, float]:
-        """Return the scores; every rank computes them all."""
+        """Return the scores, on every rank."""
         was_training = model.training
         model.eval()
-        energies: list[float] = []
-        correlations: list[float] = []
-        current: _Condition | None = None
+        share = _Share()
         for batch in self._data.part_batches(
             "val",
             max_sets_per_condition=self._config.max_sets_per_condition,
             sets_per_batch=self._sets_per_batch,
         ):
             for number, told in self._score(model, batch):
-                if current is None or current.number != number:
-                    if current is not None:
-                        energies.append(current.energy)
-                        correlations.append(current.correlation)
-                    current = _Condition(number)
-                current.add(told)
-        if current is not None:
-            energies.append(current.energy)
-            correlations.append(current.correlation)
+                share.add(number, told)
         model.train(was_training)
+        energies, correlations = zip(*join(gather_over_sets(share)), strict=True)
         defined = [c for c in correlations if math.isfinite(c)]
         return {
             "val/energy_distance": sum(energies) / len(energies),
@@ -131,22 +125,61 @@ class _Condition:
     energies: list[float] = field(default_factory=list)
     sums: list[tuple[Tensor, float]] = field(default_factory=list)
 
-    def add(self, told: _SetScore) -> None:
-        self.energies.append(told.energy)
+    def add(self, energies: list[float], sums: list[tuple[Tensor, float]]) -> None:
+        self.energies = [*self.energies, *energies]
         if not self.sums:
-            self.sums = list(told.sums)
+            self.sums = list(sums)
             return
         self.sums = [
             (total + more, count + number)
-            for (total, count), (more, number) in zip(self.sums, told.sums, strict=True)
+            for (total, count), (more, number) in zip(self.sums, sums, strict=True)
         ]
 
     @property
-    def energy(self) -> float:
-        return sum(self.energies) / len(self.energies)
-
-    @property
-    def correlation(self) -> float:
+    def scores(self) -> tuple[float, float]:
+        """Energy distance, and correlation of the changes."""
         predicted, control, treated, other = (total / count for total, count in self.sums)
         pair: Any = torch.stack([predicted - control, treated - other])
-        return float(torch.corrcoef(pair)[0, 1])
+        correlation = float(torch.corrcoef(pair)[0, 1])
+        return sum(self.energies) / len(self.energies), correlation
+
+
+@dataclass(slots=True)
+class _Share:
+    """Conditions of a rank in order: those at the ends open, scores of the ones between."""
+
+    first: _Condition | None = None
+    between: list[tuple[float, float]] = field(default_factory=list)
+    last: _Condition | None = None
+
+    def add(self, number: int, told: _SetScore) -> None:
+        """Take the next set, of condition ``number``."""
+        current = self.last or self.first
+        if current is None:
+            current = self.first = _Condition(number)
+        elif current.number != number:
+            if self.last is not None:
+                self.between.append(self.last.scores)
+            current = self.last = _Condition(number)
+        current.add([told.energy], told.sums)
+
+
+def join(shares: Sequence[_Share]) -> list[tuple[float, float]]:
+    """Return the scores of all conditions; what ranks have of the same one is taken together."""
+    found: list[tuple[float, float]] = []
+    current: _Condition | None = None
+    for share in shares:
+        if share.first is None:
+            continue
+        if current is not None and current.number == share.first.number:
+            current.add(share.first.energies, share.first.sums)
+        else:
+            if current is not None:
+                found.append(current.scores)
+            current = share.first
+        if share.last is not None:
+            found += [current.scores, *share.between]
+            current = share.last
+    if current is not None:
+        found.append(current.scores)
+    return found

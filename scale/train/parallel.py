@@ -303,3 +303,11 @@ def replica_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         parallel_state.get_data_parallel_group(),
         parallel_state.get_tensor_model_parallel_group(),
     )
+
+
+def gather_over_sets(found: T) -> list[T]:
+    """Return what each of the ranks that share out sets has found, in their order, on all."""
+    group = parallel_state.get_data_parallel_group()
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, found, group=group)
+    return every

@@ -326,6 +326,20 @@ def test_a_part_is_given_whole_and_in_order(make, split, part):
     assert_same_sets(limited, again)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3, 20])
+def test_ranks_read_runs_of_a_part_that_are_all_of_it(make, split, num_ranks):
+    limits = {"max_sets_per_condition": None, "sets_per_batch": 2}
+    whole = sets_of(make(split=split).part_batches("test", **limits))
+    shares = [
+        sets_of(make(rank=rank, size=num_ranks, split=split).part_batches("test", **limits))
+        for rank in range(num_ranks)
+    ]
+    assert [number for share in shares for number in share] == list(whole)
+    assert_same_sets(whole, {n: one for share in shares for n, one in share.items()})
+    sizes = [-(-len(share) // 2) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
 def test_held_out_names_are_unknown_to_the_model(make, split):
     module = make(split=split)
     assert module.vocabulary.cell_types == ("A549", "HepG2")
