@@ -18,6 +18,7 @@ WORLD = SimulationConfig(
 )
 SETTINGS = (
     *("objective=scale_paper", "objective.decoder=residual", "objective.latent_size=32"),
+    "optimizer.lr=1.5e-3",
     *("model.hidden_size=64", "model.ffn_hidden_size=192"),
 )
 
