@@ -4,8 +4,9 @@
 scripts/benchmarks/quality.py [--quick] [--parts NAME ...] [--data-seeds 0 1 2]
     [--model-seeds 0 1 2] [--jobs N] [--json FILE] [--figure FILE.png] [--set SETTING=VALUE ...]
 
-Parts: ``fewshot``, ``composition`` (simulated screens, quality_atlas.py), ``ablations`` of both,
-and ``unseen``, ``transfer``, ``real``, which are scripts of their own (quality_NAME.py).
+Parts: ``fewshot``, ``composition`` (simulated screens, quality_atlas.py), ``one_plate`` (ours and
+baselines only), ``ablations`` of the first two, and ``unseen``, ``transfer``, ``real``, which are
+scripts of their own (quality_NAME.py).
 
 ``scale pretrain`` of the tiny model, 500 steps of 12 sets of 32 cells, and ``state tx train`` of
 the same width, depth and heads see the same cells, split, sets and number of treated cells;
@@ -38,7 +39,7 @@ import pandas as pd
 from command import run_command
 from machine import describe_machine
 from quality_ablations import ON_COMPOSITION, ON_FEWSHOT, OURS, Variant
-from quality_atlas import composition, fewshot
+from quality_atlas import composition, fewshot, one_plate
 from quality_gains import SHOWN, TARGETS, Table, ablation, mean_of, summary
 from quality_runs import (
     LOWER_IS_BETTER,
@@ -56,7 +57,8 @@ from quality_state import best_kept, best_rate, read_record, state_run
 from state_runs import VERSION
 
 ARC_STATE = "arc-state"
-SIMULATED, SCRIPTS = ("fewshot", "composition", "ablations"), ("unseen", "transfer", "real")
+SIMULATED = ("fewshot", "composition", "one_plate", "ablations")
+SCRIPTS = ("unseen", "transfer", "real")
 BASELINES = ("perturbation_mean", "context_transfer", "additive")
 """Of which a claim must be above each; the second is what arc-state's papers call the first."""
 NOT_SHOWN = ("context_mean", "other_perturbation", "oracle_mean")
@@ -101,12 +103,22 @@ class Plan:
 def compare(plan: Plan, make: Callable[[int], Dataset]) -> list[Row]:
     """Return scores of ours, of arc-state and of the baselines on a family of datasets."""
     datasets = plan.map(make, plan.data_seeds)
-    tasks = [
+    return judge(plan, datasets, _defaults(plan, datasets) + states(plan, datasets))
+
+
+def alone(plan: Plan, make: Callable[[int], Dataset]) -> list[Row]:
+    """Return scores of ours and of the baselines on a family of datasets."""
+    datasets = plan.map(make, plan.data_seeds)
+    return judge(plan, datasets, _defaults(plan, datasets))
+
+
+def _defaults(plan: Plan, datasets: Sequence[Dataset]) -> list[Task]:
+    """Return the trainings of ours as it is."""
+    return [
         partial(ours, plan, data, seed, Variant(OURS))
         for data in datasets
         for seed in plan.model_seeds
     ]
-    return judge(plan, datasets, tasks + states(plan, datasets))
 
 
 def ablate(plan: Plan, make: Callable[[int], Dataset], variants: Sequence[Variant]) -> list[Row]:
@@ -248,6 +260,9 @@ def simulated(plan: Plan, parts: Sequence[str], figure: Path | None) -> dict[str
             table = show(f"ablations on {name}", ablate(plan, make, variants))
             record.setdefault("ablations", []).extend(row.record() for row in table.rows)
             record[f"ablation_gains_{name}"] = show_ablation(table)
+    if "one_plate" in parts:
+        table = show("one plate", alone(plan, one_plate))
+        record["rows"] += [row.record() for row in table.rows]
     record["trainings"] = plan.trainings
     for name, costs in pd.DataFrame(plan.trainings).groupby("method", sort=False)["cpu_seconds"]:
         print(f"{name}: {costs.mean():.0f} CPU s a training, {len(costs)} trainings")
