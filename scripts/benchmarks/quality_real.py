@@ -23,33 +23,32 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from machine import describe_machine
 from quality_real_sets import CONTEXT, CONTROL, LABEL, LIBRARY, SETS, Judged, RealSet, judged
 from quality_runs import (
+    CELLS,
     LOWER_IS_BETTER,
+    MANY,
     METRICS,
     STEPS,
     Row,
-    kept,
     pretrain,
     read_scores,
     run_scale,
 )
 
-from scale.evaluate.aggregate import MEAN, full_depth
-from scale.evaluate.statistics import Interval, column_means, outcome_of, t_interval
+from scale.evaluate.aggregate import full_depth
+from scale.evaluate.statistics import Interval, outcome_of, t_interval
 
 UNDEFINED = "undefined"
-OURS, OURS_MEAN, CEILING = "ours", "ours_mean", "replicate"
+OURS, CEILING = "ours", "replicate"
 CELLS_OF_MEAN = 500
 METHODS = (
     *(OURS, "control_copy", "perturbation_mean", "context_transfer", "additive", "linear"),
@@ -60,11 +59,6 @@ TOLD = (
     *("discrimination", "retrieval_l2", "mse", "energy_distance"),
 )
 """Metrics that are compared, in the order of the table."""
-OF_MEANS = (
-    *("pearson_delta", "residual_pearson", "residual_two_way", "discrimination", "retrieval_l2"),
-    "mse",
-)
-"""Metrics that a mean can be scored on."""
 NAMES = {**METRICS, "residual_two_way": "residual_pearson_two_way"}
 KEY = ["context", "perturbation"]
 
@@ -155,11 +149,9 @@ def run(real: RealSet, seeds: Sequence[int], settings: Sequence[str], *, steps: 
         cut = judged(real, seed)
         training = pretrain(cut.data, seed, settings, steps=steps)
         seconds += training.cpu_seconds
-        predicted = {
-            OURS: _predict(cut, training.folder),
-            OURS_MEAN: _mean_form(cut, training.folder),
-            **cut.drawn,
-        }
+        many = _predict(cut, training.folder, [f"cells_per_condition={CELLS_OF_MEAN}"])
+        predicted = {f"m_{name}": path for name, path in cut.drawn.items()}
+        predicted |= {f"m_{OURS}": _predict(cut, training.folder), f"{MANY}{OURS}": many}
         found, table = _evaluate(cut, predicted, seed)
         rows += found
         tables.append(table)
@@ -173,57 +165,25 @@ def _predict(cut: Judged, training: Path, settings: Sequence[str] = ()) -> Path:
     return run_scale("predict", [*given, *keys, *settings]).folder / "predicted.h5ad"
 
 
-def _mean_form(cut: Judged, training: Path) -> Path:
-    """Return the mean of many predicted cells, as many times as there are observed cells."""
-    many = _predict(cut, training, [f"cells_per_condition={CELLS_OF_MEAN}"])
-
-    def make(folder: Path) -> float:
-        cells, observed = ad.read_h5ad(many), ad.read_h5ad(cut.observed)
-        # Mean cells do not add up to the total of a cell: control cells say what it is.
-        controls = observed[observed.obs[LABEL] == CONTROL]
-        parts = [ad.AnnData(controls.X, obs=controls.obs[[CONTEXT, LABEL]], var=cells.var)]
-        held = pd.read_csv(cut.conditions, sep="\t")
-        for context, label, size in held[["cell_type", LABEL, "num_cells"]].itertuples(index=False):
-            is_own = (cells.obs[CONTEXT] == context) & (cells.obs[LABEL] == label)
-            mean_G = column_means(sp.csr_matrix(cells.X[np.flatnonzero(is_own)]))
-            names = [f"{context}-{label}-{i}" for i in range(size)]
-            obs = pd.DataFrame({CONTEXT: context, LABEL: label}, index=names)
-            values = sp.csr_matrix(np.tile(mean_G.astype(np.float32), (size, 1)))
-            parts.append(ad.AnnData(values, obs=obs, var=cells.var))
-        ad.concat(parts).write_h5ad(folder / "means.h5ad")
-        return 0.0
-
-    return kept("means", str(many), make).folder / "means.h5ad"
-
-
 def _evaluate(cut: Judged, predicted: dict[str, Path], seed: int) -> tuple[list[Row], pd.DataFrame]:
-    names = {f"m_{name}": (name, seed) for name in predicted}
-    files = ",".join(f"m_{name}={path}" for name, path in predicted.items())
+    names = {name: (name.partition("_")[2], seed) for name in predicted}
+    files = ",".join(f"{name}={path}" for name, path in predicted.items())
     given = [f"predicted=[{files}]", f"observed={cut.observed}", f"seed={seed}"]
     given += [f"train={cut.training}", f"control={CONTROL}", "overwrite=true"]
-    given += [f"perturbation_key={LABEL}", f"cell_type_key={CONTEXT}"]
+    given += [f"perturbation_key={LABEL}", f"cell_type_key={CONTEXT}", "protocol.match_cells=true"]
     parts = ("config", "data", "evaluate", "tasks")
     done = run_scale("evaluate", given, parts=parts)
-    rows = [_named(row) for row in read_scores(done.folder, cut.data, names).rows]
+    rows = read_scores(done.folder, cut.data, names).rows
     table = pd.read_parquet(done.folder / "scores.parquet")
-    table["method"] = table["method"].replace({k: name for k, (name, _) in names.items()})
     table["metric"] = table["metric"].map({there: here for here, there in NAMES.items()})
-    is_mean = table["method"] == OURS_MEAN
-    table = table[table["metric"].notna() & (~is_mean | table["metric"].isin(OF_MEANS))]
-    table.loc[table["method"] == OURS_MEAN, ["method", "form"]] = OURS, MEAN
+    is_drawn = table["method"].str.startswith(MANY) & (table["form"] == CELLS)
+    table = table[table["metric"].notna() & ~is_drawn]
+    table["method"] = table["method"].replace({k: name for k, (name, _) in names.items()})
     table = table[table["method"].isin(METHODS)]
     held = pd.read_csv(cut.conditions, sep="\t").rename(columns={"cell_type": CONTEXT})
     table = table.merge(held[[*KEY, "is_strong"]], on=KEY).assign(seed=seed)
     columns = ["method", "form", "metric", "seed", *KEY, "is_strong", "value"]
     return [row for row in rows if row.method in METHODS], table[columns]
-
-
-def _named(row: Row) -> Row:
-    """Return the mean of predicted cells as a form of ours, with what a mean can be scored on."""
-    if row.method != OURS_MEAN:
-        return row
-    kept_metrics = {name: row.by_context[name] for name in OF_MEANS if name in row.by_context}
-    return replace(row, method=OURS, form=MEAN, by_context=kept_metrics, within_variance_ratio=None)
 
 
 # --- what can be told -----------------------------------------------------------------------------

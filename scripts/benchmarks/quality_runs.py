@@ -52,7 +52,7 @@ CELLS, MEAN = "cells", "mean"
 CELLS_OF_MEAN = 1_000
 """Cells of a condition whose mean is the second form of ours."""
 LOWER_IS_BETTER = frozenset({"mse", "energy_distance", "energy_ratio"})
-_MANY = "many_"
+MANY = "many_"
 """How the report calls a prediction of more cells, of which only the mean is scored."""
 _PREDICTION = ("config", "data", "model", "predict", "tasks", "train")
 
@@ -296,7 +296,7 @@ def evaluate(
     """Judge predictions, by (method, model seed), with all baselines, in one evaluation."""
     names, files = {}, []
     for number, (method, made) in enumerate(predicted.items()):
-        for name, path in ((f"m{number}", made.cells), (f"{_MANY}{number}", made.many)):
+        for name, path in ((f"m{number}", made.cells), (f"{MANY}{number}", made.many)):
             if path is not None:
                 names[name] = method
                 files.append(f"{name}={path}")
@@ -311,7 +311,7 @@ def read_scores(folder: Path, data: Dataset, names: Mapping[str, tuple[str, int]
     """Return the scores of a report; ``names``: method in the report -> method, model seed."""
     here = {column: name for name, column in METRICS.items()}
     table = pd.read_parquet(folder / "scores.parquet")
-    is_drawn = table["method"].str.startswith(_MANY) & (table["form"] == CELLS)
+    is_drawn = table["method"].str.startswith(MANY) & (table["form"] == CELLS)
     table = table[table["metric"].isin(list(here)) & ~is_drawn]
     table = table.assign(metric=table["metric"].map(here))
     collapse = json.loads((folder / "collapse.json").read_text())
