@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -122,8 +121,7 @@ class CheckpointWrite:
         CheckpointError
             On every rank, if any could not write; what was there before is untouched.
         """
-        every: list[Any] = [None] * self._layout.world_size
-        dist.all_gather_object(every, self._own)
+        every = parallel.gather_over_ranks(self._own)
         try:
             return parallel.on_first_rank(
                 self._layout, lambda: self._complete(every, keep_last=keep_last)
@@ -248,8 +246,7 @@ def place_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
                 )
             shard.data.copy_(weight[shard.global_slice()])
             taken.add(shard.key)
-    every: list[set[str]] = [taken] * dist.get_world_size()
-    dist.all_gather_object(every, taken)  # a pipeline stage has some of the weights
+    every = parallel.gather_over_ranks(taken)  # a pipeline stage has some of the weights
     left = sorted(set(whole).difference(*every))
     if left:
         raise CheckpointError(f"the weights do not fit the model: no place for {', '.join(left)}")

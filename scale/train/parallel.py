@@ -307,7 +307,11 @@ def replica_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
 
 def gather_over_sets(found: T) -> list[T]:
     """Return what each of the ranks that share out sets has found, in their order, on all."""
-    group = parallel_state.get_data_parallel_group()
+    return gather_over_ranks(found, parallel_state.get_data_parallel_group())
+
+
+def gather_over_ranks(found: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return what each rank of a group, by default each rank, has found, in their order, on all."""
     every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, found, group=group)
     return every

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scale.train.parallel import replica_groups
+from scale.train.parallel import gather_over_ranks, replica_groups
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -44,9 +44,7 @@ def check_replicas(model: nn.Module, *, step: int) -> None:
     differs_W = _differs(sum_W, data_parallel)
     differs_W |= _differs(sum_W.masked_fill(is_cut_W, 0), tensor_parallel)
     found = [name for name, differs in zip(named, differs_W.tolist(), strict=True) if differs]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, found)
-    differing = sorted({name for names in every for name in names})
+    differing = sorted({name for names in gather_over_ranks(found) for name in names})
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ReplicaError(
