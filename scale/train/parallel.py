@@ -8,6 +8,7 @@ read the same sets: every tensor parallel rank, and every stage.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -198,13 +199,21 @@ def _join(config: ParallelConfig, world: World, device: torch.device, rendezvous
 
 
 def stop() -> None:
-    """Leave the process groups; does nothing if none was joined."""
+    """Leave the process groups and end their threads; does nothing if none was joined.
+
+    A thread of gloo that drops a tensor while the interpreter ends aborts the process, so what
+    still holds a group must let it go: Megatron-core's own names, and models, which are in cycles.
+    """
     if not _started:
         return
     _started.pop()
     if not _started:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        for name, value in list(vars(parallel_state).items()):
+            if isinstance(value, dist.ProcessGroup):  # one that was forgotten
+                setattr(parallel_state, name, None)
+        gc.collect()
         megatron_cpu.uninstall()
         products.stop_onednn()
 

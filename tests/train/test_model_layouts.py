@@ -6,7 +6,9 @@ so is every gradient before it, whatever is broken. The loss of one step is blin
 gradient, so gradients are compared, in float64.
 """
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,6 +150,27 @@ def test_a_fault_in_the_condition_of_later_stages_is_found(told, tmp_path):
     for fault in ranks[0]:
         found = whole_gradients(run, [rank[fault] for rank in ranks])
         assert worst(found, expected) > 0.05, fault
+
+
+def threads_after(context: RankContext, run: Run) -> list[str]:
+    """Train on a layout, leave it, and name the threads of this process."""
+
+    def train(layout) -> None:
+        make_engine(run, layout, SMALL).step(share(run, layout, 0), step=1, lr=1e-2)
+
+    with run.start(context) as layout:
+        train(layout)
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads of C++ are read from /proc")
+@pytest.mark.parametrize(
+    "run", [LAYOUTS["pipeline2"], LAYOUTS["tensor2"]], ids=["pipeline2", "tensor2"]
+)
+def test_no_thread_of_a_group_outlives_its_layout(tmp_path, run):
+    """One that drops a tensor while the interpreter ends would abort the process."""
+    for names in run_ranks(threads_after, 2, tmp_path, run):
+        assert not [name for name in names if "gloo" in name]
 
 
 def poisoned(context: RankContext) -> list[tuple[str, bool, bool]]:
