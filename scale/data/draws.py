@@ -27,7 +27,7 @@ _LARGEST = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 @compiled
 def mix(x: np.uint64) -> np.uint64:
-    """Return splitmix64 of ``x``, as :func:`scale.runtime.mix64` does."""
+    """Return splitmix64 of ``x``, as :func:`scale.draws.mix64` does."""
     x = x + _ADD
     x = (x ^ (x >> _U30)) * _MIX_1
     x = (x ^ (x >> _U27)) * _MIX_2

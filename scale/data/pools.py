@@ -17,7 +17,7 @@ import pandas as pd
 from scale.config import DataConfig, MatchBatch
 from scale.data.codec import compiled
 from scale.data.draws import Integers, draw_distinct
-from scale.runtime import mix64
+from scale.draws import mix64
 from scale.types import PlanError
 
 

@@ -35,7 +35,7 @@ from scale.data.draws import (
     permute,
 )
 from scale.data.pools import assign_pools, divide_pool, draw_by_batch
-from scale.runtime import derive
+from scale.draws import derive
 from scale.types import PlanError
 
 __all__ = ["PLAN_VERSION", "SetBlock", "SetPlan", "SetSpec", "keyed_order", "permute"]

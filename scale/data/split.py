@@ -31,7 +31,8 @@ from scale.data.split_file import (
     read_split_file,
 )
 from scale.data.split_labels import LabelMatcher
-from scale.runtime import atomic_path, derive
+from scale.draws import derive
+from scale.runtime import atomic_path
 from scale.types import Perturbation, SplitError, did_you_mean
 
 if TYPE_CHECKING:

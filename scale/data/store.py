@@ -38,7 +38,7 @@ from scale.data.store_files import (
     read_manifest,
 )
 from scale.data.tables import StoreTables
-from scale.runtime import derive, mix64_array
+from scale.draws import derive, mix64_array
 from scale.types import Condition, Perturbation, StoreError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from scale.data.draws import draw_distinct
 from scale.data.loader import Normalisation
 from scale.data.store import CellSetStore
-from scale.runtime import derive
+from scale.draws import derive
 
 NUM_KEPT_CELLS = 256
 

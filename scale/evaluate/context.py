@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
+from scale.draws import derive, mix64_array
 from scale.evaluate.cache import TableCache
 from scale.evaluate.cells import Rows
 from scale.evaluate.checks import CellTable
@@ -18,7 +19,6 @@ from scale.evaluate.scoring import Facts, gene_numbers
 from scale.evaluate.sides import Control, Side, make_control, side_of_cells
 from scale.evaluate.statistics import Floats, column_sums
 from scale.evaluate.training import InputControl, Training
-from scale.runtime import derive, mix64_array
 
 _NOISE_CELLS, _NOISE_DRAWS = 400, 20
 

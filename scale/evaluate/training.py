@@ -13,10 +13,10 @@ from zlib import crc32
 import numpy as np
 import scipy.sparse as sp
 
+from scale.draws import derive
 from scale.evaluate.cells import Rows
 from scale.evaluate.checks import CellTable
 from scale.evaluate.statistics import Floats, column_means, column_sums
-from scale.runtime import derive
 
 NUM_COMPONENTS = 10
 RIDGE = 0.1

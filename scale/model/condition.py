@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale.config import Fusion, ModelConfig
+from scale.draws import uniform
 from scale.model.layers import NUM_MODULATIONS, constant_start, embedding_start
-from scale.runtime import uniform
 from scale.types import ABSENT, UNKNOWN_COMPONENT, Batch, Vocabulary
 
 HIDE_PERTURBATION = 13

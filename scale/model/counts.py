@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from scale.draws import mix64_tensor, uniform
 from scale.model.decoders import to_counts
-from scale.runtime import mix64_tensor, uniform
 from scale.types import Batch, Vocabulary
 
 DRAW_WHOLE = 32

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scale.runtime import derive
+from scale.draws import derive
 from scale.types import Vocabulary
 
 DRAW_COUNTS = 20

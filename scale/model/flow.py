@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scale.config import Head, ObjectiveConfig, Prediction, Prior, Space, TimeLaw
+from scale.draws import normal, uniform
 from scale.model.pairing import Pairs
-from scale.runtime import normal, uniform
 
 DRAW_TIME = 11
 """Purposes of the model's draws are numbers from 11; this one is the time of a set."""

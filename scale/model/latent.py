@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale.config import Decoder, ModelConfig, ObjectiveConfig, Precision
+from scale.draws import normal
 from scale.model.backend import reduce_from_tensor_model_parallel_region, tensor_parallel_size
 from scale.model.decoders import draw_counts, log_likelihood, to_counts, to_values
 from scale.model.encoder import at_least_float32, build_encoder
 from scale.model.layers import act_on_own_cells, constant_start, gather_cells, own_cells
 from scale.model.losses import SetDistances, mmd_loss
 from scale.model.objective import Losses, weigh
-from scale.runtime import normal
 from scale.types import Batch, Vocabulary
 
 DRAW_NORMAL_CELLS = 19

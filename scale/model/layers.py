@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scale.draws import derive
 from scale.model.backend import (
     RMSNorm,
     TransformerConfig,
@@ -29,7 +30,6 @@ from scale.model.backend import (
     tensor_parallel_size,
 )
 from scale.model.functions import swiglu
-from scale.runtime import derive
 
 NUM_MODULATIONS = 6
 """Shift, scale and gate of the attention, then of the feed-forward part."""

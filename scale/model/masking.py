@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from scale.draws import uniform
 from scale.model.flow import PathPoint
-from scale.runtime import uniform
 from scale.types import Batch
 
 HIDE_GENE = 31

@@ -7,8 +7,8 @@ from hashlib import sha256
 import numpy as np
 import numpy.typing as npt
 
+from scale.draws import derive, mix64_array
 from scale.predict.query import Controls, Request
-from scale.runtime import derive, mix64_array
 
 POOL_ORDER = 21
 """Purpose of the draw that orders a pool of controls."""

@@ -10,11 +10,11 @@ Cell = a treated cell of a set; its control cell comes with it. One thread every
 (drawn, some 350 non-zeros each), one training step at a time; sides take turns, round by round.
 Both have 4 set layers of width 256 with 4 heads and a SwiGLU of 1,024 (arc-state's ratio of 4), one
 linear map from and to genes, and keep to fp32. Beyond that each trains its own model with its own
-objective: here a summary of 32 further control cells, an encoded condition with path time, energy
-distance, AdamW, moving average of the weights (step_ours.py); there energy distance and Adam
-(step_state.py). Two more rows are not the same
-arithmetic and stand for themselves: ``own width`` has the SwiGLU of this package's rule (8/3 of the
-width), ``bf16`` is ``trainer.precision=bf16``.
+objective: here a summary of 8 further control cells (the share of ``model=small``), an encoded
+condition with path time, energy distance, AdamW, moving average of the weights (step_ours.py);
+there energy distance and Adam (step_state.py). Two more rows are not the same arithmetic and stand
+for themselves: ``own width`` has the SwiGLU of this package's rule (8/3 of the width), ``bf16`` is
+``trainer.precision=bf16``.
 
 ``commands``: ``scale pretrain`` on a store against ``state tx train`` on the h5ad it was made of,
 in turns: the same cells, sizes, sets per step and steps, CPU seconds of the process with its
@@ -49,7 +49,7 @@ OURS = {
     "num_heads": HEADS,
     "ffn_hidden_size": FFN,
     "set_size": SET_SIZE,
-    "num_summary_cells": SET_SIZE // 2,
+    "num_summary_cells": SET_SIZE // 8,
 }
 THEIRS = {
     "cell_set_len": SET_SIZE,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scale.config import DataConfig, MatchBatch, ShortSets, Weighting
 from scale.data import draws
 from scale.data.sampler import SetPlan, keyed_order, permute
-from scale.runtime import derive, mix64
+from scale.draws import derive, mix64
 from scale.types import PlanError
 
 NONE_TAKEN = np.empty(0, np.int64)

@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from scale.config import CountsPolicy
 from scale.data.ingest.kernels import UNSORTED, find_duplicate, to_counts
 from scale.data.ingest.source import SourceFile
-from scale.runtime import derive
+from scale.draws import derive
 from scale.types import SourceError
 
 logger = logging.getLogger(__name__)

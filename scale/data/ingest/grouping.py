@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from scale.runtime import derive, mix64_array
+from scale.draws import derive, mix64_array
 from scale.types import Condition
 
 _SHUFFLE = 0x5348

@@ -30,7 +30,7 @@ from scale.data.ingest.spill import read_segments
 from scale.data.ingest.workers import Report
 from scale.data.shard_writer import ShardFile
 from scale.data.store_files import CHUNK_DTYPE, file_sha256
-from scale.runtime import mix64_array
+from scale.draws import mix64_array
 
 
 @dataclass(frozen=True, slots=True)
