@@ -61,6 +61,8 @@ class RealSet:
         Context and perturbation of each treated condition, seed -> which are held out.
     rivals
         Methods that ours is compared with.
+    settings
+        Of ``pretrain``, beyond the defaults.
     """
 
     name: str
@@ -70,6 +72,7 @@ class RealSet:
     read: Callable[[Path], ad.AnnData]
     hold_out: Callable[[pd.DataFrame, int], npt.NDArray[np.bool_]]
     rivals: tuple[str, ...]
+    settings: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -199,6 +202,7 @@ THP1 = RealSet(
     read=_read_thp1,
     hold_out=_hold_out_replicates,
     rivals=("additive", "context_transfer"),
+    settings=("experiment=pretrain_replicates",),
 )
 SETS = (K562, THP1)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Perturbations and cell lines that no training saw: ours beside the rule that is hard to beat.
 
-scripts/benchmarks/quality_unseen.py [--quick] [--parts drugs lines] [--data-seeds 0 1 2]
+scripts/benchmarks/quality_unseen.py [--quick] [--parts drugs lines donors] [--data-seeds 0 1 2]
     [--model-seeds 0 1 2] [--json FILE] [--set SETTING=VALUE ...]
 
 ``drugs``: a simulated screen whose drugs share programmes by mechanism; of each mechanism one drug
@@ -12,9 +12,12 @@ the mean of all of them.
 
 ``lines``: a screen of which whole lines are held out, of which a model sees control cells at
 prediction and nothing else. Rival: ``context_transfer``, the mean change of the drug in all
-training lines.
+training lines. What of a response is particular to a line is drawn, and not to be known.
 
-Both screens are of one plate. Changes are measured against the control cells of a line: with drugs
+``donors``: the same, where it is to be known: a response depends on how a donor mixes two states of
+cells, and its control cells show the mixture (quality_atlas.py). Same rival.
+
+All screens are of one plate. Changes are measured against the control cells of a line: with drugs
 on several plates, what a plate does to its cells is a part of them, a rule of training means
 carries it over, and a model that starts from control cells of the same plate does not.
 
@@ -38,7 +41,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from machine import describe_machine
-from quality_atlas import screen_settings
+from quality_atlas import composition, screen_settings
 from quality_runs import (
     CELLS,
     LOWER_IS_BETTER,
@@ -96,7 +99,7 @@ LEAN = ("protocol.ceiling=false",)
 class Settings:
     """What is run: seeds, steps of a training, further settings of ``pretrain``."""
 
-    parts: Sequence[str] = ("drugs", "lines")
+    parts: Sequence[str] = ("drugs", "lines", "donors")
     data_seeds: Sequence[int] = (0, 1, 2)
     model_seeds: Sequence[int] = (0, 1, 2)
     steps: int = STEPS
@@ -105,7 +108,7 @@ class Settings:
 
 def run(settings: Settings) -> list[Row]:
     """Return the rows of all parts: ours, the rivals and the baselines of ``scale evaluate``."""
-    parts = {"drugs": _drugs, "lines": _lines}
+    parts = {"drugs": _drugs, "lines": _lines, "donors": _donors}
     return [
         row
         for part in settings.parts
@@ -235,7 +238,15 @@ def unseen_lines(seed: int) -> Dataset:
 
 
 def _lines(settings: Settings, seed: int) -> list[Row]:
-    data = unseen_lines(seed)
+    return _from_controls(settings, unseen_lines(seed))
+
+
+def _donors(settings: Settings, seed: int) -> list[Row]:
+    return _from_controls(settings, composition(seed))
+
+
+def _from_controls(settings: Settings, data: Dataset) -> list[Row]:
+    """Return rows of held-out contexts, no cell of which training sees."""
     made = _predicted(settings, data, ["data.heldout_controls=excluded"])
     return evaluate(data, made, LEAN).rows
 
@@ -295,7 +306,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rivals = {"drugs": MECHANISM_MEAN, "lines": "context_transfer"}
+    rivals = {
+        "drugs": MECHANISM_MEAN,
+        "lines": "context_transfer",
+        "donors": "context_transfer",
+    }
     parser.add_argument("--quick", action="store_true", help="one short training: does it run")
     parser.add_argument("--parts", nargs="+", choices=list(rivals), default=list(rivals))
     parser.add_argument("--data-seeds", type=int, nargs="+", default=[0, 1, 2])
