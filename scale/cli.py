@@ -83,7 +83,7 @@ def _run(given: list[str]) -> int:
     try:
         return _compose_and_run(task, rest)
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        return _fail(f"scale {task}", explain(error))
+        return _fail(f"scale {task}", explain(error, config_dir()))
     except KeyboardInterrupt:
         return _fail(f"scale {task}", "interrupted", EXIT_INTERRUPTED)
 
@@ -171,7 +171,7 @@ def _run_task(task: str, config: DictConfig, stop: StopSignal) -> int:
         settings = to_dataclass(config)
     except (ValueError, TypeError, AttributeError) as error:
         _remove_if_empty(run_dir)
-        return _fail(f"scale {task}", explain(error))
+        return _fail(f"scale {task}", explain(error, config_dir()))
     run_dir = _relative(run_dir)
     settings.run_dir = str(run_dir)
 

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -166,11 +167,21 @@ def _quote(text: str) -> str:
     return mark + escaped + "\\" * tail + mark
 
 
-def explain(error: Exception) -> str:
-    """Return one line for an error of the settings, without the words of the libraries below."""
+def explain(error: Exception, folder: Path) -> str:
+    """Return one line for an error of the settings, without the words of the libraries below.
+
+    Parameters
+    ----------
+    error
+        Of Hydra, of OmegaConf, or one's own.
+    folder
+        With the yaml files of all groups.
+    """
     match error:
-        case MissingConfigException(missing_cfg_file=str(name), options=list(options)):
+        case MissingConfigException(missing_cfg_file=str(name)):
             group, _, option = name.partition("/")
+            files = (folder / group).rglob("*.yaml")
+            options = [f.relative_to(folder / group).with_suffix("").as_posix() for f in files]
             hint = did_you_mean(option, options)
             known = "" if hint.startswith("known") else f" Known: {', '.join(sorted(options))}"
             return f"no option {option!r} in {group!r}; {hint}{known}"
@@ -180,7 +191,7 @@ def explain(error: Exception) -> str:
                 "quotes of its own, as 'key=\"some, text\"'"
             )
         case ConfigCompositionException(__cause__=OmegaConfBaseException() as cause):
-            return explain(cause)
+            return explain(cause, folder)
         case OmegaConfBaseException(full_key=str(key), msg=str(text)) if key:
             return f"{_first_line(text)} ({key})"
     return _first_line(str(error)) if isinstance(error, OmegaConfBaseException) else _joined(error)

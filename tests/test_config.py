@@ -152,6 +152,7 @@ def test_yaml_of_a_run_reads_back_equal(task, tmp_path):
         ("pretrain", "trainer.max_steps=eight", r"'eight' .* Integer \(trainer.max_steps\)"),
         ("pretrain", "log.wandb=onlin", r"expected one of \[none, offline, online\] \(log.wandb\)"),
         ("pretrain", "model=bse", "no option 'bse' in 'model'; did you mean 'base'"),
+        ("pretrain", "experiment=ablation/meen", "did you mean 'ablation/mean'"),
         ("pretrain", "model=huge", "no option 'huge' in 'model'; known: base, large, small"),
         ("pretrain", "data.control_fraction=1", r"data.control_fraction \(1.0\) must be in"),
         ("pretrain", "objective.time=zero", None),

@@ -47,7 +47,7 @@ def to_dataclass(config: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ValueError(explain(error)) from error
+        raise ValueError(explain(error, config_dir())) from error
 
 
 def check(config: Any) -> Any:
@@ -103,7 +103,7 @@ def compose(task: str, overrides: Sequence[str] = (), *, run_dir: Path | str) ->
         with initialize_config_dir(str(config_dir()), version_base=None):
             config = hydra_compose(task, overrides=given)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error)) from error
+        raise ValueError(explain(error, config_dir())) from error
     finally:
         GlobalHydra.instance().hydra = outer
     return to_dataclass(config)
