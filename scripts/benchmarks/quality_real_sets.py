@@ -94,6 +94,11 @@ class Judged:
         return self.folder / "observed.h5ad"
 
     @property
+    def training_counts(self) -> Path:
+        """Training cells with the input half of the controls, as counts."""
+        return self.folder / "training.h5ad"
+
+    @property
     def training(self) -> Path:
         """Training cells for the baselines, log1p with counts."""
         return self.folder / "training_logs.h5ad"
@@ -245,11 +250,11 @@ def _write(real: RealSet, seed: int, folder: Path) -> None:
     del training.obs["control_fold"]
     training.write_h5ad(folder / "training.h5ad")
     training[training.obs[LABEL] == CONTROL].write_h5ad(folder / "controls.h5ad")
-    _normalised(cells[is_control_N | is_held_N]).write_h5ad(folder / "observed.h5ad")
+    normalised(cells[is_control_N | is_held_N]).write_h5ad(folder / "observed.h5ad")
     # The evaluation reads the input half alone; without the other, the check of totals of so few
     # control cells would take their noise for another target sum.
-    _normalised(cells[is_control_N | ~is_held_N]).write_h5ad(folder / "training_logs.h5ad")
-    logs = _normalised(training)
+    normalised(cells[is_control_N | ~is_held_N]).write_h5ad(folder / "training_logs.h5ad")
+    logs = normalised(training)
     strong = strong_labels(logs)
     table = held.rename(columns={CONTEXT: "cell_type"})
     table["is_strong"] = table[LABEL].isin(strong)
@@ -259,7 +264,7 @@ def _write(real: RealSet, seed: int, folder: Path) -> None:
         _write_rivals(logs, held, np.random.default_rng(seed), folder / "rivals")
 
 
-def _normalised(cells: ad.AnnData) -> ad.AnnData:
+def normalised(cells: ad.AnnData) -> ad.AnnData:
     """Return log1p of counts per ``TARGET_SUM`` of the library, with the counts as a layer."""
     counts = sp.csr_matrix(cells.X, dtype=np.float32)
     factor_N = TARGET_SUM / np.maximum(cells.obs[LIBRARY].to_numpy(np.float64), 1.0)

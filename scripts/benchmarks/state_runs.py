@@ -95,10 +95,11 @@ def run_state(
     predicted = run_command([*state, "predict", *arguments], folder / "predict.log", OFFLINE)
     found = folder / "run" / "eval_final.ckpt" / "adata_pred.h5ad"
     parameters = re.search(r"Trainable params: ([\d.]+ [KM])", log.read_text())
-    losses = pd.read_csv(folder / "run" / "version_0" / "metrics.csv")["val_loss"].dropna()
+    metrics = pd.read_csv(folder / "run" / "version_0" / "metrics.csv")
+    losses = metrics["val_loss"].dropna() if "val_loss" in metrics else []
     return {
         "learning_rate": lr,
-        "val_loss": round(float(losses.iloc[-1]), 4),
+        "val_loss": round(float(losses.iloc[-1]), 4) if len(losses) else None,
         "trainable_parameters": parameters[1] if parameters else None,
         "cpu_seconds_train": round(trained.cpu, 1),
         "cpu_seconds_predict": round(predicted.cpu, 1),
