@@ -164,7 +164,7 @@ def test_layout_in_words_and_in_records():
     [("base", 1, 12), ("base", 2, 3), ("xl", 2, 7), ("base", 3, 2), ("xl", 4, 3)],
 )
 def test_first_stage_has_fewer_layers_for_its_encoder(preset, num_stages, first):
-    # The encoder's work is that of 6 of base's layers, and 10 of xl's.
+    # The encoder's work is that of 5 of base's layers, and 10 of xl's.
     model = compose("pretrain", [f"model={preset}", "data.store=x"], run_dir=Path("x")).model
     found = first_stage_layers(model, 2000, num_stages)
     assert found == first
