@@ -158,16 +158,31 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
     """Return a whole checkpoint: the one named, or the newest whole one of a run.
 
     Raises
     ------
     CheckpointError
-        If the one that was named is damaged, or a run has no whole one.
+        If the one that was named is damaged, naming the newest whole one of its run; or if a run
+        has no whole one.
     """
     if (run_or_checkpoint / MANIFEST).exists() or run_or_checkpoint.name.startswith(_PREFIX):
-        read_manifest(run_or_checkpoint)
+        try:
+            read_manifest(run_or_checkpoint)
+        except CheckpointError as error:
+            listed = list_checkpoints(run_or_checkpoint.absolute().parent.parent)
+            whole = next((path for path in reversed(listed) if _is_whole(path)), None)
+            told = "no checkpoint of this run is whole" if whole is None else f"use {whole}"
+            raise CheckpointError(f"{error}; {told}") from error
         return run_or_checkpoint
     found = newest_checkpoint(run_or_checkpoint)
     if found is None:
