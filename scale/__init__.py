@@ -173,6 +173,7 @@ def evaluate(
     control: str,
     cell_type_key: str,
     unit_key: str | None = None,
+    batch_key: str | None = None,
     train: AnnData | Path | str | None = None,
     protocol: ProtocolConfig | None = None,
     seed: int = 0,
@@ -192,6 +193,9 @@ def evaluate(
     unit_key
         Column of the independent unit (cell line, donor) over which intervals are taken; None =
         the cell type.
+    batch_key
+        Column of the batch (plate) whose own control cells a condition is compared with; None =
+        those of all batches.
     train
         Training cells with the controls of all contexts, for the baselines.
     protocol
@@ -215,6 +219,7 @@ def evaluate(
         control=control,
         cell_type_key=cell_type_key,
         unit_key=unit_key,
+        batch_key=batch_key,
         train=train,
         protocol=protocol,
         seed=seed,

@@ -185,6 +185,7 @@ TASKS: dict[str, TaskHelp] = {
             Setting("perturbation_key", "null", "column of .obs; null = as the store has it"),
             Setting("cell_type_key", "null", "column of .obs; null = as the store has it"),
             Setting("control", "null", "label of the control; null = as the store has it"),
+            Setting("batch_key", "null", "plate whose own controls a condition is compared with"),
             Setting("protocol", "strict", "strict, or cell_eval for numbers equal to cell-eval"),
             Setting("name", "evaluate", "the report stands in runs/<name>"),
         ),

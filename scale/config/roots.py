@@ -235,6 +235,12 @@ class EvaluateConfig:
     """Label of the control; null = as the store has it."""
     unit_key: str | None = None
     """Column of the independent unit (cell line, donor); null = the cell type."""
+    batch_key: str | None = None
+    """Column of the batch (plate): conditions are compared with control cells of their own batch.
+
+    A context is then a cell type in a batch. null = with those of all batches, so that the effect
+    of a batch on its cells counts as one of the perturbation.
+    """
     protocol: ProtocolConfig = MISSING
     overwrite: bool = False
     seed: int = 0

@@ -37,6 +37,7 @@ class Keys:
     perturbation: str
     cell_type: str
     unit: str | None
+    batch: str | None
     control: str
 
 
@@ -55,7 +56,7 @@ class CellTable:
     genes, cell_names
         Column and row names.
     perturbation, context, unit
-        Labels of every cell, stripped. Context = cell type, or cell type and unit.
+        Labels of every cell, stripped. Context = cell type, with unit and batch where told.
     fold
         0 and 1 for the halves of the control cells, -1 for treated cells; None where not given.
     source_cell
@@ -114,8 +115,7 @@ def read_table(
     if len(obs) == 0:
         raise ValueError(f"{name}: holds no cells; expected at least one condition")
     columns = {"perturbation": keys.perturbation, "cell type": keys.cell_type}
-    if keys.unit is not None:
-        columns["unit"] = keys.unit
+    columns |= {k: v for k, v in (("unit", keys.unit), ("batch", keys.batch)) if v is not None}
     for what, key in columns.items():
         if key not in obs:
             known = [str(column) for column in obs.columns]
@@ -128,10 +128,10 @@ def read_table(
     counts = source.values if target_sum is not None else source.counts
     cell_type = _labels(obs[keys.cell_type])
     unit = cell_type if keys.unit is None else _labels(obs[keys.unit])
-    joined = keys.unit is not None and keys.unit != keys.cell_type
     context = cell_type
-    if joined:
-        context = np.array([f"{c} / {u}" for c, u in zip(cell_type, unit, strict=True)], object)
+    for key in {k: None for k in (keys.unit, keys.batch) if k not in (None, keys.cell_type)}:
+        parts = zip(context, _labels(obs[key]), strict=True)
+        context = np.array([f"{c} / {part}" for c, part in parts], object)
     return CellTable(
         name=name,
         values=CellMatrix(source.values, name, columns=order, target_sum=target_sum),

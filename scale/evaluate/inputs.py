@@ -47,6 +47,8 @@ class Inputs:
         sides are held to all control cells.
     sha256
         Of what was read, by input.
+    batch_key
+        Column of the batch whose control cells a condition is compared with; None = all batches.
     num_not_scored
         Predicted cells of conditions that are not observed, where that is allowed.
     """
@@ -61,6 +63,7 @@ class Inputs:
     excluded: list[tuple[str, str, str]] = field(default_factory=list)
     fold: npt.NDArray[np.int8] | None = None
     sha256: dict[str, str] = field(default_factory=dict)
+    batch_key: str | None = None
     num_not_scored: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -99,7 +102,7 @@ def read_inputs(
             train, TRAIN, keys, table.genes, target_sum=total, cut_genes=True
         )
     rows = {method: t.rows() for method, t in tables.items()}
-    inputs = Inputs(table, tables, trained, table.rows(), rows)
+    inputs = Inputs(table, tables, trained, table.rows(), rows, batch_key=keys.batch)
     with_controls = [table, *(() if strict else tables.values())]
     for given in with_controls:
         checks.check_controls(given, control, ())

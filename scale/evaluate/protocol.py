@@ -127,6 +127,7 @@ def run_protocol(
     cell_type_key: str,
     control: str,
     unit_key: str | None = None,
+    batch_key: str | None = None,
     train: Source | None = None,
     protocol: ProtocolConfig,
     seed: int = 0,
@@ -149,6 +150,10 @@ def run_protocol(
         Label of the control, exact after stripping.
     unit_key
         Column of the independent unit (cell line, donor); None = the cell type.
+    batch_key
+        Column of the batch (plate): conditions are compared with control cells of their own batch,
+        and a context is a cell type in a batch. None = with those of all batches, so that the
+        effect of a batch on its cells counts as one of the perturbation.
     train
         Training cells with control cells, for baselines and residual metrics.
     protocol
@@ -166,7 +171,11 @@ def run_protocol(
         If an input cannot be used, with what to do.
     """
     keys = Keys(
-        perturbation=perturbation_key, cell_type=cell_type_key, unit=unit_key, control=control
+        perturbation=perturbation_key,
+        cell_type=cell_type_key,
+        unit=unit_key,
+        batch=batch_key,
+        control=control,
     )
     with ExitStack() as files:
 
@@ -227,6 +236,8 @@ def _meta(run: Run) -> dict[str, Any]:
         rule = "disjoint halves: input for predictions, reference for the observed change"
     elif protocol.profile is Profile.strict:
         rule = "all observed control cells, shared by both sides"
+    if inputs.batch_key is not None:
+        rule += f"; each condition against those of its own {inputs.batch_key}"
     return {
         "profile": protocol.profile.value,
         "contexts": run.CONTEXTS,

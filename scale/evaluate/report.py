@@ -221,6 +221,7 @@ def evaluate(
     control: str,
     cell_type_key: str,
     unit_key: str | None = None,
+    batch_key: str | None = None,
     train: AnnData | Path | str | None = None,
     protocol: ProtocolConfig | None = None,
     seed: int = 0,
@@ -240,6 +241,9 @@ def evaluate(
     unit_key
         Column of the independent unit (cell line, donor) over which intervals are taken; None =
         the cell type.
+    batch_key
+        Column of the batch (plate) whose own control cells a condition is compared with; None =
+        those of all batches.
     train
         Training cells with the controls of all contexts, for the baselines; without them no claim
         is possible.
@@ -258,6 +262,7 @@ def evaluate(
         cell_type_key=cell_type_key,
         control=control,
         unit_key=unit_key,
+        batch_key=batch_key,
         train=train,
         protocol=protocol or ProtocolConfig(),
         seed=seed,

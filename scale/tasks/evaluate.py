@@ -72,6 +72,7 @@ def run(config: EvaluateConfig) -> int:
             cell_type_key=inputs.cell_type_key,
             control=inputs.control,
             unit_key=config.unit_key,
+            batch_key=config.batch_key,
             train=inputs.train,
             protocol=config.protocol,
             seed=config.seed,

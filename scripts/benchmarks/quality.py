@@ -4,8 +4,10 @@
 scripts/benchmarks/quality.py [--quick] [--parts NAME ...] [--data-seeds 0 1 2]
     [--model-seeds 0 1 2] [--jobs N] [--json FILE] [--figure FILE.png] [--set SETTING=VALUE ...]
 
-Parts: ``fewshot``, ``composition`` (simulated screens, quality_atlas.py), ``one_plate`` (ours and
-baselines only), ``ablations`` of the first two, and ``unseen``, ``transfer``, ``real``, which are
+Parts: ``fewshot``, ``composition`` (simulated screens, quality_atlas.py), ``by_plate`` (the
+predictions of ``fewshot``, each condition against control cells of its own plate: against those of
+both, what a plate does to its cells is a part of every change, and a mean of training changes
+carries it over), ``ablations`` of the first two, and ``unseen``, ``transfer``, ``real``, which are
 scripts of their own (quality_NAME.py).
 
 ``scale pretrain`` of the tiny model, 500 steps of 12 sets of 32 cells, and ``state tx train`` of
@@ -29,7 +31,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -39,7 +41,7 @@ import pandas as pd
 from command import run_command
 from machine import describe_machine
 from quality_ablations import ON_COMPOSITION, ON_FEWSHOT, OURS, Variant
-from quality_atlas import composition, fewshot, one_plate
+from quality_atlas import composition, fewshot
 from quality_gains import SHOWN, TARGETS, Table, ablation, mean_of, summary
 from quality_runs import (
     LOWER_IS_BETTER,
@@ -57,7 +59,7 @@ from quality_state import best_kept, best_rate, read_record, state_run
 from state_runs import VERSION
 
 ARC_STATE = "arc-state"
-SIMULATED = ("fewshot", "composition", "one_plate", "ablations")
+SIMULATED = ("fewshot", "composition", "by_plate", "ablations")
 SCRIPTS = ("unseen", "transfer", "real")
 BASELINES = ("perturbation_mean", "context_transfer", "additive")
 """Of which a claim must be above each; the second is what arc-state's papers call the first."""
@@ -100,25 +102,18 @@ class Plan:
 # --- one family of datasets ---------------------------------------------------------------------
 
 
-def compare(plan: Plan, make: Callable[[int], Dataset]) -> list[Row]:
-    """Return scores of ours, of arc-state and of the baselines on a family of datasets."""
+def compare(plan: Plan, make: Callable[[int], Dataset], settings: Sequence[str] = ()) -> list[Row]:
+    """Return scores of ours, of arc-state and of the baselines on a family of datasets.
+
+    ``settings`` are those of the evaluation.
+    """
     datasets = plan.map(make, plan.data_seeds)
-    return judge(plan, datasets, _defaults(plan, datasets) + states(plan, datasets))
-
-
-def alone(plan: Plan, make: Callable[[int], Dataset]) -> list[Row]:
-    """Return scores of ours and of the baselines on a family of datasets."""
-    datasets = plan.map(make, plan.data_seeds)
-    return judge(plan, datasets, _defaults(plan, datasets))
-
-
-def _defaults(plan: Plan, datasets: Sequence[Dataset]) -> list[Task]:
-    """Return the trainings of ours as it is."""
-    return [
+    tasks: list[Task] = [
         partial(ours, plan, data, seed, Variant(OURS))
         for data in datasets
         for seed in plan.model_seeds
     ]
+    return judge(plan, datasets, tasks + states(plan, datasets), settings)
 
 
 def ablate(plan: Plan, make: Callable[[int], Dataset], variants: Sequence[Variant]) -> list[Row]:
@@ -246,23 +241,25 @@ def draw(table: Table, path: Path) -> None:
 def simulated(plan: Plan, parts: Sequence[str], figure: Path | None) -> dict[str, Any]:
     """Run the parts on simulated screens and return their figures."""
     record: dict[str, Any] = {"rows": [], "summary": {}}
-    families = {"fewshot": (fewshot, ON_FEWSHOT), "composition": (composition, ON_COMPOSITION)}
-    for name, (make, variants) in families.items():
+    families = {
+        "fewshot": (fewshot, (), ON_FEWSHOT),
+        "by_plate": (fewshot, ("batch_key=plate",), ()),
+        "composition": (composition, (), ON_COMPOSITION),
+    }
+    for name, (make, settings, variants) in families.items():
         if name in parts:
-            table = show(name, compare(plan, make))
-            record["rows"] += [row.record() for row in table.rows]
+            rows = [replace(row, dataset=name) for row in compare(plan, make, settings)]
+            table = show(name, rows)
+            record["rows"] += [row.record() for row in rows]
             if ARC_STATE in table.methods and not plan.is_quick:
                 record["summary"][name] = summary(table, OURS, ARC_STATE, BASELINES)
                 show_gains(name, record["summary"][name])
             if figure is not None and name == "fewshot":
                 draw(table, figure)
-        if "ablations" in parts:
+        if "ablations" in parts and variants:
             table = show(f"ablations on {name}", ablate(plan, make, variants))
             record.setdefault("ablations", []).extend(row.record() for row in table.rows)
             record[f"ablation_gains_{name}"] = show_ablation(table)
-    if "one_plate" in parts:
-        table = show("one plate", alone(plan, one_plate))
-        record["rows"] += [row.record() for row in table.rows]
     record["trainings"] = plan.trainings
     for name, costs in pd.DataFrame(plan.trainings).groupby("method", sort=False)["cpu_seconds"]:
         print(f"{name}: {costs.mean():.0f} CPU s a training, {len(costs)} trainings")

@@ -3,10 +3,6 @@
 ``fewshot``: the simulator of ``scale demo``, smaller: 500 genes, 6 lines x 24 drugs x 96 cells;
 58 % of the drugs of the last two lines are held out, all are seen in the other lines.
 
-``one_plate``: the same on one plate. Changes are measured against the control cells of a line; with
-two plates, what a drug's plate does to its cells is a part of them, and a mean of training changes
-carries it over to other lines.
-
 ``composition``: 20 donors x 12 drugs x 64 cells of two states, which donors mix in shares of .1 to
 .9. A responding cell of either state follows one programme of the drug among many cells of the
 first state and another one among few, whatever the cell itself is: only who takes the whole
@@ -37,14 +33,9 @@ Floats = npt.NDArray[np.float64]
 SCREEN = SimulationConfig(num_cells=18_432, num_genes=500, mean_library=1_250.0)
 
 
-def one_plate(seed: int) -> Dataset:
-    """Return a screen of one plate of which drugs of two lines are held out."""
-    return fewshot(seed, replace(SCREEN, num_plates=1), name="one_plate")
-
-
-def fewshot(seed: int, screen: SimulationConfig = SCREEN, *, name: str = "fewshot") -> Dataset:
+def fewshot(seed: int) -> Dataset:
     """Return a screen of which drugs of two lines are held out."""
-    config = replace(screen, seed=seed)
+    config = replace(SCREEN, seed=seed)
 
     def write(folder: Path) -> list[str]:
         atlas = simulate(config)
@@ -52,7 +43,7 @@ def fewshot(seed: int, screen: SimulationConfig = SCREEN, *, name: str = "fewsho
         atlas.write_h5ad(folder / "cells.h5ad")
         return screen_settings(folder / "cells.h5ad")
 
-    return make_dataset(name, seed, asdict(config), write)
+    return make_dataset("fewshot", seed, asdict(config), write)
 
 
 def screen_settings(cells: Path) -> list[str]:

@@ -127,7 +127,7 @@ class Row:
 def sources(*parts: str) -> str:
     """Return a hash of the package's files in these parts, and of all settings files."""
     found = hashlib.sha256()
-    files = [ROOT / "scale" / "runtime.py", ROOT / "scale" / "types.py"]
+    files = [ROOT / "scale" / f"{name}.py" for name in ("draws", "runtime", "types")]
     for part in parts:
         files += (ROOT / "scale" / part).rglob("*.py")
     files += (ROOT / "configs").rglob("*.yaml")
@@ -318,7 +318,7 @@ def read_scores(folder: Path, data: Dataset, names: Mapping[str, tuple[str, int]
     scores = Scores(by_condition=table.rename(columns={"method": "name"}))
     for (name, form), part in table.groupby(["method", "form"], sort=False):
         method, model_seed = names.get(name, (name, None))
-        means = part.groupby(["metric", "context"])["value"].mean()
+        means = part.groupby(["metric", "unit"])["value"].mean()
         by_context = {metric: means[metric].to_dict() for metric in part["metric"].unique()}
         told = collapse.get(name, {}) if form == CELLS else {}
         place = (data.name, data.seed, model_seed, method, form)

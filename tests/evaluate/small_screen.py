@@ -72,15 +72,14 @@ def hold_out(adata, pairs):
     return adata[~held].copy(), adata[held | controls].copy()
 
 
-def halved(observed, seed=0):
+def halved(observed, seed=0, batch_key=None):
     """The same cells with halves of the control cells, where they have none and are in memory."""
     if not isinstance(observed, ad.AnnData) or "control_fold" in observed.obs:
         return observed
-    keys = {key: KEYS[key] for key in ("perturbation_key", "cell_type_key", "control")}
-    return split_controls(observed, **keys, seed=seed)
+    return split_controls(observed, **KEYS, batch_key=batch_key, seed=seed)
 
 
-def evaluate(predicted, observed, train=None, *, seed=0, unit_key=None, **protocol):
+def evaluate(predicted, observed, train=None, *, seed=0, unit_key=None, batch_key=None, **protocol):
     if not isinstance(predicted, dict):
         predicted = {"model": predicted}
     protocol = {"baselines": False, "ceiling": False, "min_cells": 8} | protocol
@@ -90,10 +89,9 @@ def evaluate(predicted, observed, train=None, *, seed=0, unit_key=None, **protoc
             protocol[key] = kind[protocol[key]]
     settings = ProtocolConfig(**protocol)
     if settings.profile is Profile.strict and settings.control_split is ControlSplit.disjoint:
-        observed = halved(observed, seed)
-    return run_protocol(
-        predicted, observed, train=train, protocol=settings, seed=seed, unit_key=unit_key, **KEYS
-    )
+        observed = halved(observed, seed, batch_key)
+    columns = KEYS | {"unit_key": unit_key, "batch_key": batch_key}
+    return run_protocol(predicted, observed, train=train, protocol=settings, seed=seed, **columns)
 
 
 def means(evaluation, metric):

@@ -395,6 +395,48 @@ def test_another_unit_makes_contexts_of_cell_type_and_unit():
     assert evaluation.aggregate["low"].isna().all()
 
 
+def on_plates(adata, *, effect, seed=5):
+    """Drugs in turn on two plates, controls on both; the second changes a third of the genes."""
+    drug = adata.obs["drug"].to_numpy(str)
+    number = np.array([int(d[1:]) if d != "DMSO" else i for i, d in enumerate(drug)])
+    is_second = number % 2 == 1
+    generator = np.random.default_rng(seed)
+    share_G = np.where(generator.random(adata.n_vars) < 1 / 3, effect, 1.0)
+    counts = adata.layers["counts"].toarray().astype(np.int64)
+    counts[is_second] = generator.binomial(counts[is_second], share_G)
+    plates = to_anndata(counts, adata.obs["line"].to_numpy(str), drug)
+    plates.obs["plate"] = np.where(is_second, "second", "first")
+    return plates
+
+
+def test_the_effect_of_a_plate_is_none_of_a_drug_on_it():
+    adata = on_plates(screen(7, lines=1, drugs=4, cells=80, controls=240, strength=0), effect=0.4)
+    tested = adata[adata.obs["drug"].isin(["DMSO", "d1", "d3"])].copy()
+
+    def num_genes(**keys):
+        scores = evaluate(tested, tested, control_split="shared", **keys).scores
+        return scores[scores["metric"] == "mse"]["num_significant_observed"].tolist()
+
+    assert min(num_genes()) > 15  # a third of 80 genes, by the plate alone
+    assert max(num_genes(batch_key="plate")) <= 1
+
+
+def test_a_batch_makes_contexts_of_cell_type_and_batch_in_one_unit():
+    adata = on_plates(screen(8, lines=2, drugs=4, controls=160), effect=0.6)
+    predicted = screen(9, lines=2, drugs=4, controls=160)
+    predicted.obs["plate"] = on_plates(predicted, effect=1.0).obs["plate"].to_numpy()
+    found = evaluate(predicted, adata, control_split="shared", batch_key="plate")
+    assert set(found.scores.query("metric == 'mse'")["unit"]) == {"L0", "L1"}
+    assert found.meta["control_rule"].endswith("each condition against those of its own plate")
+    for table in (adata, predicted):  # the same contexts, by hand
+        table.obs["line"] = table.obs["line"].astype(str) + " / " + table.obs["plate"]
+    by_hand = evaluate(predicted, adata, control_split="shared")
+    keys = ["method", "form", "context", "perturbation", "metric", "value"]
+    within = [t.scores[t.scores["context"].str.contains("/")][keys] for t in (found, by_hand)]
+    assert len(within[0]) > 100
+    pd.testing.assert_frame_equal(*(t.sort_values(keys[:5], ignore_index=True) for t in within))
+
+
 def score_rows(method, form, values):
     """A score table of one metric: (unit, context) -> values of its conditions."""
     rows = [
