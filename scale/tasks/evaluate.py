@@ -171,10 +171,23 @@ def _inputs(
         keys["perturbation_key"] = _with_doses(told_apart, keys, dose)
     if store is not None:
         facts |= of_store(store)
+        _tell_of_batches(observed, store.columns["batch"], config.batch_key)
     if config.training_run is not None:
         facts |= of_training(Path(config.training_run), store, split)
     facts["unit"] = config.unit_key or keys["cell_type_key"]
     return Inputs(observed, train, **keys, facts=facts)
+
+
+def _tell_of_batches(observed: AnnData | CellSource, column: str | None, given: str | None) -> None:
+    if column is None or given is not None or column not in observed.obs:
+        return
+    if (number := observed.obs[column].nunique()) > 1:
+        logger.info(
+            "observed cells are of %d batches, and compared with the control cells of all; "
+            "batch_key=%s compares each condition with those of its own",
+            number,
+            column,
+        )
 
 
 def _split_file(config: EvaluateConfig) -> Path:

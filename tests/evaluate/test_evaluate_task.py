@@ -83,6 +83,22 @@ def test_store_and_split_make_a_report(store_run, store):
     assert "predicted:" in (run_dir / "config.yaml").read_text()
 
 
+def test_controls_of_their_own_batch(store_run, store, tmp_path):
+    run_dir, settings = store_run
+    column = store.columns["batch"]
+    assert f"batch_key={column} compares" in (run_dir / "evaluate.log").read_text()
+    rules = ProtocolConfig(ceiling=False, min_cells=8)
+    assert run(config(tmp_path, **settings, batch_key=column, protocol=rules)) == 0
+    scores = pd.read_parquet(tmp_path / "scores.parquet")
+    table = store.conditions
+    whole = {f"{c} / {b}" for c, b in zip(table["cell_type"], table["batch"], strict=True)}
+    within = scores[scores["unit"].isin(set(table["cell_type"]))]
+    assert set(within["context"]) <= whole
+    assert within["context"].nunique() > within["unit"].nunique()
+    assert f"batch_key={column}" in json.loads((tmp_path / "meta.json").read_text())["command"]
+    assert "batch_key=" not in (tmp_path / "evaluate.log").read_text()
+
+
 def test_only_held_out_conditions_are_scored(store_run, store, split):
     from scale.data.split import Split
 
