@@ -410,7 +410,11 @@ def test_stop_signal_is_installed_before_torch_and_only_where_a_task_heeds_it():
 def test_interrupt_ends_with_130_and_one_line(tmp_path):
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*SCALE, "prepare", "source.num_cells=1000000"], stderr=subprocess.PIPE, env=environ
+        [*SCALE, "prepare", "source.num_cells=1000000"],
+        stderr=subprocess.PIPE,
+        env=environ,
+        # whoever runs these tests in the background of a shell has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         # its record says that the task has begun; the simulation then takes half a minute
         while not (tmp_path / "runs" / "prepare-synthetic" / "run.json").exists():
