@@ -18,7 +18,8 @@ each: an interval says nothing about another.
 where that is known to be right (correlations, squared errors); a metric on which even the ceiling
 does not beat the rival with an interval above 0 cannot tell models apart, and the table says so.
 ``--arc-state`` trains arc-state 0.11.1 too, on the knock-outs, as it has no rule for doubles: its
-cells at the rate of three that is best on the held-out conditions (quality_real_state.py).
+cells against ours, at the rate of three that is best on the held-out conditions
+(quality_real_state.py).
 ``strong``: knock-outs with at least 10 significant genes in each of their training replicates.
 """
 
@@ -133,11 +134,16 @@ class Result:
         if 0 < table["is_strong"].sum() < len(table):
             subsets["strong"] = table[table["is_strong"]]
         return [
-            gain(part, name, metric, rival)
+            gain(_comparable(part, rival), name, metric, rival)
             for rival in (*self.real.rivals, *self.others)
             for name, part in subsets.items()
             for metric in TOLD
         ]
+
+
+def _comparable(table: pd.DataFrame, rival: str) -> pd.DataFrame:
+    """Return what stands against a rival: cells alone against arc-state's."""
+    return table[table["form"] == CELLS] if rival == ARC_STATE else table
 
 
 # --- runs -----------------------------------------------------------------------------------------
