@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from scale.types import CONTROL_COMPONENT, UNKNOWN_COMPONENT, CheckpointError, Vocabulary
@@ -31,6 +32,8 @@ _GENE_AXES = {
     **_STATISTICS,
 }
 """Weights with one row per gene, and how to see them as such."""
+_ENCODERS = "encoder.", "point_encoder.", "latent.encoder."
+"""What reads genes."""
 _GENE_AXES_OF_LATENT = {
     **{f"latent.encoder.{name}": rows for name, rows in _ENCODER.items()},
     **{f"latent.decoder.{name}": rows for name, rows in _READOUT.items()},
@@ -55,10 +58,12 @@ def extend_state(
 
     Rows of a table move with their names. A new name keeps a fresh row of its own, since names that
     start at one point are told apart only slowly; one with features starts at the row of the
-    unknown, as it was predicted before. Where the genes differ, the weights of a gene move with its
-    symbol, those of a new gene stay fresh (a readout of zero), and patches keep their identity by
-    place. Features of a name that has none in ``fresh`` are those of the checkpoint; their map
-    stays fresh where that had none.
+    unknown, as it was predicted before. Features of a name that has none in ``fresh`` are those of
+    the checkpoint; their map stays fresh where that had none.
+
+    Where the genes differ, the weights of a gene move with its symbol, and patches keep their
+    identity by place. A new gene is neither read nor changed at first (weights of zero), so that
+    what was learned of the others holds; if no gene is known, fresh weights read them all.
 
     Parameters
     ----------
@@ -97,7 +102,8 @@ def extend_state(
         elif not same_genes and name in _PER_PATCH:
             value = _move_patches(start, value)
         elif not same_genes:
-            value = _move_genes(start, value, old.genes, new.genes, axes.get(name))
+            empty = torch.zeros_like(start) if name.startswith(_ENCODERS) else start
+            value = _move_genes(start, value, old.genes, new.genes, axes.get(name), empty)
         if value.shape != start.shape:
             raise CheckpointError(
                 f"{name} has shape {tuple(value.shape)} in the checkpoint and {tuple(start.shape)} "
@@ -170,14 +176,19 @@ def _move_genes(
     old: Sequence[str],
     new: Sequence[str],
     as_rows: Callable[[Tensor], Tensor] | None,
+    unknown: Tensor,
 ) -> Tensor:
-    """Return a weight with the genes of the new list; one that has no genes as it was."""
+    """Return a weight with the genes of the new list, rows of ``unknown`` for those without.
+
+    A weight without genes stays as it was; if no gene is known, it is the one to start with.
+    """
     if as_rows is None:
         return value
     row = {gene: i for i, gene in enumerate(old)}
     places = [(i, row[gene]) for i, gene in enumerate(new) if gene in row]
     moved = start.clone()
     if places:
+        moved = unknown.clone()
         to, of = zip(*places, strict=True)
         # a view of the copy, so this writes into it
         as_rows(moved)[list(to)] = as_rows(value)[list(of)]

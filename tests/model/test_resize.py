@@ -86,7 +86,7 @@ def test_genes_move_with_their_names_in_the_linear_encoder(objective):
     sets = batch()
 
     def reordered(x_BSG):
-        return torch.cat([x_BSG[..., order], torch.zeros(B, x_BSG.shape[1], 2)], -1)
+        return torch.cat([x_BSG[..., order], cells(B, x_BSG.shape[1], 2)], -1)
 
     found = model.sample(
         replace(
@@ -97,8 +97,9 @@ def test_genes_move_with_their_names_in_the_linear_encoder(objective):
         ),
         num_steps=1,
     )
-    expected = reordered(trained.sample(sets, num_steps=1))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # whatever the values of the genes that it did not know
+    expected = trained.sample(sets, num_steps=1)[..., order]
+    torch.testing.assert_close(found[..., :G], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(model.mean_G[:G], trained.mean_G[order])
 
 
@@ -111,7 +112,8 @@ def test_genes_move_with_their_names_in_patches_and_readout():
     model = moved(trained, new, 1)
     patches, before = model.encoder.patch_TPE.flatten(0, 1), trained.encoder.patch_TPE.flatten(0, 1)
     assert torch.equal(patches[17:30], before[7:20])
-    assert torch.equal(patches[:17], start.encoder.patch_TPE.flatten(0, 1)[:17])
+    assert (patches[:17] == 0).all()
+    assert start.encoder.patch_TPE.flatten(0, 1)[:17].any()
     assert torch.equal(model.encoder.identity_TE[:4], trained.encoder.identity_TE)
     assert torch.equal(model.readout.genes.weight[17:], trained.readout.genes.weight[7:])
     assert (model.readout.genes.weight[:17] == 0).all()
