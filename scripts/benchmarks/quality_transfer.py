@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one seed, 100 steps, then 20 or 40")
+    parser.add_argument("--quick", action="store_true", help="one seed, 100 steps, then 20")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 100, 200, 400])
     parser.add_argument("--json", type=Path, help="write every figure to this file")
@@ -222,7 +222,7 @@ def main() -> None:
     options = parser.parse_args()
     plan = Plan(options.seeds, sorted(options.steps), options.settings)
     if options.quick:
-        plan = Plan(options.seeds[:1], [20, 40], options.settings, pretraining_steps=100)
+        plan = Plan(options.seeds[:1], [20], options.settings, pretraining_steps=100)
     rows = run(plan)
     found = gains(rows, plan)
     show(rows, found)
