@@ -25,7 +25,7 @@ HELD_OUT = [("L0", "d0"), ("L0", "d1"), ("L1", "d0"), ("L1", "d2")]
 
 
 def table_of(adata, name="train"):
-    keys = Keys(perturbation="drug", cell_type="line", unit=None, control="DMSO")
+    keys = Keys(perturbation="drug", cell_type="line", unit=None, batch=None, control="DMSO")
     return read_table(adata, name, keys, None)
 
 
