@@ -6,6 +6,7 @@ task is imported and run. Errors a user can act on become one line; the tracebac
 to the log of the run (to the screen with ``SCALE_DEBUG=1``).
 """
 
+import gc
 import importlib
 import logging
 import os
@@ -194,8 +195,17 @@ def guard(call: Callable[[], int], task: str, run_dir: Path | None) -> int:
     run_dir
         Where the traceback of an unexpected error is kept; None = nowhere.
     """
+    status = _status_of(call, task, run_dir)
+    if status == EXIT_AGAIN:
+        print(f"scale {task}: stopped with a checkpoint; the same command goes on", file=sys.stderr)
+    elif status == EXIT_ERROR:
+        gc.collect()  # the error held on to process groups: see scale.train.parallel.stop
+    return status
+
+
+def _status_of(call: Callable[[], int], task: str, run_dir: Path | None) -> int:
     try:
-        status = call()
+        return call()
     except BrokenPipeError:  # the reader of our output has gone, as in `scale info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
@@ -209,9 +219,6 @@ def guard(call: Callable[[], int], task: str, run_dir: Path | None) -> int:
             _remove_if_empty(run_dir)
         _add_to_log(text)
         return _fail(f"scale {task}", text)
-    if status == EXIT_AGAIN:
-        print(f"scale {task}: stopped with a checkpoint; the same command goes on", file=sys.stderr)
-    return status
 
 
 def _relative(path: Path) -> Path:

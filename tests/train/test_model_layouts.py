@@ -152,24 +152,37 @@ def test_a_fault_in_the_condition_of_later_stages_is_found(told, tmp_path):
         assert worst(found, expected) > 0.05, fault
 
 
-def threads_after(context: RankContext, run: Run) -> list[str]:
-    """Train on a layout, leave it, and name the threads of this process."""
+def threads_after(context: RankContext, run: Run, error: str | None) -> list[str]:
+    """Train on a layout, leave it, with an error or without, and name this process's threads."""
+    from scale.cli import guard
+    from scale.train import parallel
 
-    def train(layout) -> None:
-        make_engine(run, layout, SMALL).step(share(run, layout, 0), step=1, lr=1e-2)
+    def train(layout) -> int:
+        engine = make_engine(run, layout, SMALL)
+        engine.step(share(run, layout, 0), step=1, lr=1e-2)
+        if error is not None:
+            raise ValueError(error)
+        return 0
 
-    with run.start(context) as layout:
-        train(layout)
+    def task() -> int:
+        layout = run.start(context).__enter__()
+        try:
+            return train(layout)
+        finally:
+            parallel.stop()
+
+    assert guard(task, "pretrain", None) == (0 if error is None else 1)
     return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads of C++ are read from /proc")
+@pytest.mark.parametrize("error", [None, "bad"], ids=["finished", "failed"])
 @pytest.mark.parametrize(
     "run", [LAYOUTS["pipeline2"], LAYOUTS["tensor2"]], ids=["pipeline2", "tensor2"]
 )
-def test_no_thread_of_a_group_outlives_its_layout(tmp_path, run):
+def test_no_thread_of_a_group_outlives_its_layout(tmp_path, run, error):
     """One that drops a tensor while the interpreter ends would abort the process."""
-    for names in run_ranks(threads_after, 2, tmp_path, run):
+    for names in run_ranks(threads_after, 2, tmp_path, run, error):
         assert not [name for name in names if "gloo" in name]
 
 
