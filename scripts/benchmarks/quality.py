@@ -56,9 +56,8 @@ from quality_runs import (
     pretrain,
 )
 from quality_state import best_kept, best_rate, read_record, state_run
-from state_runs import VERSION
+from state_runs import ARC_STATE, VERSION
 
-ARC_STATE = "arc-state"
 SIMULATED = ("fewshot", "composition", "by_plate", "ablations")
 SCRIPTS = ("unseen", "transfer", "real")
 BASELINES = ("perturbation_mean", "context_transfer", "additive")

@@ -37,7 +37,6 @@ import numpy as np
 import pandas as pd
 from machine import describe_machine
 from quality_real_sets import CONTEXT, CONTROL, K562, LABEL, LIBRARY, SETS, Judged, RealSet, judged
-from quality_real_state import METHOD as ARC_STATE
 from quality_real_state import state_predictions
 from quality_runs import (
     CELLS,
@@ -50,6 +49,7 @@ from quality_runs import (
     read_scores,
     run_scale,
 )
+from state_runs import ARC_STATE
 
 from scale.evaluate.aggregate import full_depth
 from scale.evaluate.statistics import Interval, outcome_of, t_interval
@@ -124,8 +124,6 @@ class Result:
     """method, form, metric, seed, context, perturbation, is_strong, value."""
     cpu_seconds: float
     """Of all trainings."""
-    others: tuple[str, ...] = ()
-    """Further rivals."""
 
     def gains(self) -> list[Gain]:
         """Return ours against the rival, on all conditions and on the strong ones."""
@@ -133,9 +131,10 @@ class Result:
         subsets = {"all": table}
         if 0 < table["is_strong"].sum() < len(table):
             subsets["strong"] = table[table["is_strong"]]
+        rivals = [*self.real.rivals, *({ARC_STATE} & set(table["method"]))]
         return [
             gain(_comparable(part, rival), name, metric, rival)
-            for rival in (*self.real.rivals, *self.others)
+            for rival in rivals
             for name, part in subsets.items()
             for metric in TOLD
         ]
@@ -181,7 +180,7 @@ def run(
     table = pd.concat(tables, ignore_index=True)
     if arc_state:
         table, rows = _best_rate(table, rows)
-    return Result(real, rows, table, seconds, (ARC_STATE,) if arc_state else ())
+    return Result(real, rows, table, seconds)
 
 
 def _best_rate(table: pd.DataFrame, rows: list[Row]) -> tuple[pd.DataFrame, list[Row]]:

@@ -14,34 +14,21 @@ import json
 from pathlib import Path
 
 import anndata as ad
-import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from quality_real_sets import CONTEXT, CONTROL, LABEL, Judged, normalised
-from quality_runs import STEPS, Done, kept
-from quality_state import RATES, state_budget
-from state_data import StateFiles
-from state_runs import VERSION, run_state
+from quality_state import RATES, kept_files, run_on
+from state_data import StateFiles, write_values
+from state_runs import ARC_STATE
 
 BATCH = "batch"
-METHOD = "arc-state"
 
 
 def state_predictions(cut: Judged, seed: int) -> dict[str, Path]:
     """Return arc-state's predicted cells by ``arc-state-RATE``."""
-    return {f"{METHOD}-{rate:g}": _run(cut, seed, rate).folder / "predicted.h5ad" for rate in RATES}
-
-
-def _run(cut: Judged, seed: int, rate: float) -> Done:
-    budget = state_budget(cut.data, STEPS)
-
-    def make(folder: Path) -> float:
-        record = run_state(write_cells(cut, folder), folder, budget, rate, seed)
-        (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-        return float(record["cpu_seconds_train"]) + float(record["cpu_seconds_predict"])
-
-    steps = [budget.steps, budget.sets_per_step, budget.cells_per_set]
-    return kept("real-state", [VERSION, str(cut.data.store), seed, rate, *steps], make)
+    files = kept_files(cut.data, lambda folder: write_cells(cut, folder))
+    runs = {rate: run_on(files, cut.data, seed, rate) for rate in RATES}
+    return {f"{ARC_STATE}-{r:g}": run.folder / "predicted.h5ad" for r, run in runs.items()}
 
 
 def write_cells(cut: Judged, folder: Path) -> StateFiles:
@@ -51,14 +38,10 @@ def write_cells(cut: Judged, folder: Path) -> StateFiles:
     values = sp.vstack([normalised(training).X, held.X], format="csr")
     obs = pd.concat([part.obs[[CONTEXT, LABEL]].astype(str) for part in (training, held)])
     obs[BATCH] = obs[CONTEXT]
-    cells = ad.AnnData(values, obs=obs, var=training.var[[]].copy())
-    cells.obsm["X_hvg"] = np.asarray(values.todense())
-    cells.uns["log1p"] = {}
-    cells.write_h5ad(folder / "cells.h5ad")
-    lines = [f'[datasets]\nreal = "{(folder / "cells.h5ad").resolve()}"\n']
-    lines.append('[training]\nreal = "train"\n')
+    cells, split = folder / "cells.h5ad", folder / "cells.toml"
+    write_values(values, obs, training.var_names, cells)
+    lines = [f'[datasets]\nreal = "{cells.resolve()}"\n', '[training]\nreal = "train"\n']
     for context, labels in held.obs.groupby(CONTEXT, observed=True)[LABEL].unique().items():
         lines.append(f'[fewshot."real.{context}"]\nval = []\ntest = {json.dumps([*labels])}\n')
-    split = folder / "cells.toml"
     split.write_text("\n".join(lines))
     return StateFiles(split, split, LABEL, CONTEXT, BATCH, CONTROL, training.var_names.tolist())

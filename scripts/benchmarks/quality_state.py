@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import asdict
 from math import ceil
@@ -48,8 +49,13 @@ def state_budget(data: Dataset, steps: int = STEPS) -> Budget:
 
 def state_run(data: Dataset, seed: int, rate: float, *, steps: int = STEPS) -> Done:
     """Return a run of arc-state; its folder holds ``predicted.h5ad`` and ``record.json``."""
+    files = kept_files(data, lambda folder: export(data.store, data.split, folder))
+    return run_on(files, data, seed, rate, steps=steps)
+
+
+def run_on(files: StateFiles, data: Dataset, seed: int, rate: float, *, steps: int = STEPS) -> Done:
+    """Return a run of arc-state on files that were written for a dataset."""
     budget = state_budget(data, steps)
-    files = _files(data)
 
     def make(folder: Path) -> float:
         record = run_state(files, folder, budget, rate, seed)
@@ -89,12 +95,12 @@ def read_record(run: Done) -> dict[str, Any]:
     return record
 
 
-def _files(data: Dataset) -> StateFiles:
-    """Return the cells of a dataset as arc-state reads them."""
+def kept_files(data: Dataset, write: Callable[[Path], StateFiles]) -> StateFiles:
+    """Return the cells of a dataset as arc-state reads them, written once."""
 
     def make(folder: Path) -> float:
         begin = time.thread_time()
-        files = asdict(export(data.store, data.split, folder))
+        files = asdict(write(folder))
         (folder / "files.json").write_text(json.dumps(files, default=str))
         return time.thread_time() - begin
 

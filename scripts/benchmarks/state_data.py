@@ -60,14 +60,19 @@ def export(store_path: Path, split: Path, folder: Path) -> StateFiles:
         ("training", np.ones(len(obs), dtype=bool)),
         ("prediction", ~is_reference_N),
     ):
-        part = ad.AnnData(X=values[is_in_N], obs=obs[is_in_N], var=cells.var[[]].copy())
-        part.obsm["X_hvg"] = part.X.toarray()
-        part.uns["log1p"] = {}
-        part.write_h5ad(folder / f"{name}.h5ad")
+        write_values(values[is_in_N], obs[is_in_N], cells.var_names, folder / f"{name}.h5ad")
         written[name] = folder / f"{name}.toml"
         written[name].write_text(_with_path(split.read_text(), folder / f"{name}.h5ad"))
     genes = cells.var_names.tolist()
     return StateFiles(written["training"], written["prediction"], *keys, control, genes)
+
+
+def write_values(values: sp.csr_matrix, obs: pd.DataFrame, genes: pd.Index, path: Path) -> None:
+    """Write log1p values as arc-state reads them."""
+    cells = ad.AnnData(X=values, obs=obs, var=pd.DataFrame(index=genes))
+    cells.obsm["X_hvg"] = values.toarray()
+    cells.uns["log1p"] = {}
+    cells.write_h5ad(path)
 
 
 def _with_path(split: str, cells: Path) -> str:

@@ -19,7 +19,7 @@ from scale.config import ModelConfig
 if TYPE_CHECKING:
     from state_data import StateFiles
 
-VERSION = "0.11.1"
+ARC_STATE, VERSION = "arc-state", "0.11.1"
 SEED = 42
 """arc-state's default."""
 
