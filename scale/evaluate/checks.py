@@ -129,8 +129,10 @@ def read_table(
     cell_type = _labels(obs[keys.cell_type])
     unit = cell_type if keys.unit is None else _labels(obs[keys.unit])
     context = cell_type
-    for key in {k: None for k in (keys.unit, keys.batch) if k not in (None, keys.cell_type)}:
-        parts = zip(context, _labels(obs[key]), strict=True)
+    for column in dict.fromkeys((keys.unit, keys.batch)):
+        if column is None or column == keys.cell_type:
+            continue
+        parts = zip(context, _labels(obs[column]), strict=True)
         context = np.array([f"{c} / {part}" for c, part in parts], object)
     return CellTable(
         name=name,

@@ -32,8 +32,6 @@ _GENE_AXES = {
     **_STATISTICS,
 }
 """Weights with one row per gene, and how to see them as such."""
-_ENCODERS = "encoder.", "point_encoder.", "latent.encoder."
-"""What reads genes."""
 _GENE_AXES_OF_LATENT = {
     **{f"latent.encoder.{name}": rows for name, rows in _ENCODER.items()},
     **{f"latent.decoder.{name}": rows for name, rows in _READOUT.items()},
@@ -43,6 +41,8 @@ _GENE_AXES_OF_LATENT = {
     **_STATISTICS,
 }
 """The same of a model whose path lies in latent space: its autoencoder alone touches genes."""
+_ENCODERS = "encoder.", "point_encoder.", "latent.encoder."
+"""What reads genes."""
 _FEATURE_MAP = "condition.features."
 _FEATURES = "condition.features.feature_CV"
 _PER_PATCH = "encoder.identity_TE", "point_encoder.identity_TE", "latent.encoder.identity_TE"
@@ -186,10 +186,10 @@ def _move_genes(
         return value
     row = {gene: i for i, gene in enumerate(old)}
     places = [(i, row[gene]) for i, gene in enumerate(new) if gene in row]
-    moved = start.clone()
-    if places:
-        moved = unknown.clone()
-        to, of = zip(*places, strict=True)
-        # a view of the copy, so this writes into it
-        as_rows(moved)[list(to)] = as_rows(value)[list(of)]
+    if not places:
+        return start
+    moved = unknown.clone()
+    to, of = zip(*places, strict=True)
+    # a view of the copy, so this writes into it
+    as_rows(moved)[list(to)] = as_rows(value)[list(of)]
     return moved
