@@ -46,10 +46,13 @@ class RankContext:
         config = ParallelConfig(
             tensor_model_parallel_size=tensor_size, timeout_seconds=timeout_seconds, **settings
         )
-        yield parallel.start(
+        layout = parallel.start(
             config, self.world, seed=7, device=torch.device("cpu"), rendezvous=self.rendezvous
         )
-        parallel.stop()
+        try:
+            yield layout
+        finally:
+            parallel.stop()
 
 
 def _run(function: Callable[..., Any], context: RankContext, results: Any, args: Any) -> None:

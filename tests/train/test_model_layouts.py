@@ -155,7 +155,6 @@ def test_a_fault_in_the_condition_of_later_stages_is_found(told, tmp_path):
 def threads_after(context: RankContext, run: Run, error: str | None) -> list[str]:
     """Train on a layout, leave it, with an error or without, and name this process's threads."""
     from scale.cli import guard
-    from scale.train import parallel
 
     def train(layout) -> int:
         engine = make_engine(run, layout, SMALL)
@@ -165,11 +164,8 @@ def threads_after(context: RankContext, run: Run, error: str | None) -> list[str
         return 0
 
     def task() -> int:
-        layout = run.start(context).__enter__()
-        try:
+        with run.start(context) as layout:
             return train(layout)
-        finally:
-            parallel.stop()
 
     assert guard(task, "pretrain", None) == (0 if error is None else 1)
     return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
